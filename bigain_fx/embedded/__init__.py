@@ -1,0 +1,61 @@
+"""Two small class-conditional denoisers of digits that ship with the package, so that everything runs offline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+DIT_CONFIG: dict[str, Any] = dict(
+    sample_size=32, in_channels=1, out_channels=1, patch_size=2, num_layers=6,
+    num_attention_heads=4, attention_head_dim=32, num_embeds_ada_norm=10,
+)  # fmt: skip
+UNET_CONFIG: dict[str, Any] = dict(
+    sample_size=32, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    cross_attention_dim=64, attention_head_dim=2, norm_num_groups=8, use_linear_projection=True,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ClassConditional:
+    """A class-conditional denoiser with what is needed to sample from it and to classify with it.
+
+    Attributes:
+        name: what it is called on the command line.
+        model: the diffusers denoiser, in eval mode; it predicts epsilon.
+        scheduler: the diffusers scheduler it was trained with (1,000 steps).
+        sample_shape: shape of one latent, ``(C, H, W)``.
+        num_classes: classes are ``0 .. num_classes - 1``; ``num_classes`` itself is the unconditional class.
+        class_tokens: ``(num_classes + 1, dim)`` learned context tokens of a U-Net, None for a DiT.
+    """
+
+    name: str
+    model: nn.Module
+    scheduler: Any
+    sample_shape: tuple[int, int, int]
+    num_classes: int = 10
+    class_tokens: Tensor | None = None
+
+    def condition(self, labels: Tensor) -> dict[str, Tensor]:
+        """Keyword arguments of the denoiser for ``labels (B,)`` int64."""
+        if self.class_tokens is None:
+            return {"class_labels": labels}
+        return {"encoder_hidden_states": self.class_tokens[labels][:, None]}
+
+
+def build(name: str) -> ClassConditional:
+    """Construct the embedded denoiser ``name`` with freshly initialized weights, in train mode."""
+    from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+
+    scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=True)
+    if name == "mnist-dit":
+        return ClassConditional(name, DiTTransformer2DModel(**DIT_CONFIG), scheduler, (1, 32, 32))
+    tokens = nn.Parameter(torch.randn(11, UNET_CONFIG["cross_attention_dim"]) * 0.5)
+    return ClassConditional(name, UNet2DConditionModel(**UNET_CONFIG), scheduler, (1, 32, 32), class_tokens=tokens)

@@ -1,0 +1,27 @@
+"""The errors of the project, one per stage. Each message is one line: the argument, its value, what would be right."""
+
+from __future__ import annotations
+
+
+class BigainError(Exception):
+    """Base of every error that bigain-fx raises on purpose."""
+
+
+class MethodError(BigainError, ValueError):
+    """A method, or a combination of methods, that cannot be: a ratio above its cap, two merges at once."""
+
+
+class GridError(BigainError, ValueError):
+    """A grid hint that does not fit the attention it is for."""
+
+
+class RewriteError(BigainError, RuntimeError):
+    """A graph that cannot carry a method: for example no timestep input for an alpha schedule."""
+
+
+class CaptureError(BigainError, RuntimeError):
+    """A model that ``torch.export`` cannot capture; the cause is chained."""
+
+
+class InputError(BigainError, ValueError):
+    """Arguments that the denoiser cannot be called with, or optimized for."""

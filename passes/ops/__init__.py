@@ -1,0 +1,38 @@
+"""The operators, in plain torch, and their registration as ``torch.ops.bigain.*``.
+
+Each is registered with a CompositeImplicitAutograd kernel: it stays one node in a captured graph, and AOTAutograd
+decomposes it, so that inductor fuses through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bigain_fx.passes.ops.kv import kv_downsample, linear_alpha
+from bigain_fx.passes.ops.merge import merge, unmerge
+from bigain_fx.passes.ops.plan import merge_plan
+from bigain_fx.passes.ops.score import complete_cells, laplacian_score, random_positions
+
+SCHEMAS: dict[str, Callable[..., Any]] = {
+    "merge_plan(Tensor metric, int[2] grid, int[2] cell, int merged, Tensor? position=None)"
+    " -> (Tensor assign, Tensor rep)": merge_plan,
+    "merge(Tensor x, Tensor assign, int groups) -> Tensor": merge,
+    "unmerge(Tensor y, Tensor assign) -> Tensor": unmerge,
+    "kv_downsample(Tensor x, float alpha, int[2] grid, int factor) -> Tensor": kv_downsample,
+    "kv_downsample.Tensor(Tensor x, Tensor alpha, int[2] grid, int factor) -> Tensor": kv_downsample,
+    "linear_alpha(Tensor timestep, int batch, float noisy, float clean, float t_noisy, float t_clean)"
+    " -> Tensor": linear_alpha,
+}
+
+for _schema, _kernel in SCHEMAS.items():
+    _name, _, _signature = _schema.partition("(")
+    torch.library.define(f"bigain::{_name}", f"({_signature}", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"bigain::{_name}", "CompositeImplicitAutograd", _kernel)
+
+__all__ = [
+    "complete_cells", "kv_downsample", "laplacian_score", "linear_alpha", "merge", "merge_plan", "random_positions",
+    "unmerge",
+]  # fmt: skip

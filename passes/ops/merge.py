@@ -1,0 +1,32 @@
+"""Merging tokens along a plan, and giving each of them its group's result back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge(x: Tensor, assign: Tensor, groups: int) -> Tensor:
+    """Mean of each group of tokens (``docs/operators.md``, "Merge").
+
+    Args:
+        x: ``(B, N, C)`` floating; averaged in float32.
+        assign: ``(B, N)`` int64 into ``[0, groups)``, every group non-empty.
+        groups: ``M``, the number of groups.
+
+    Returns:
+        ``(B, M, C)`` in ``x``'s dtype.
+    """
+    batch, tokens, channels = x.shape
+    # Sorting tokens by group turns the scatter into a bag mean: contiguous, without atomics, and deterministic.
+    offset = torch.arange(batch, device=x.device).unsqueeze(1) * groups
+    group, order = (assign + offset).flatten().sort(stable=True)
+    starts = torch.searchsorted(group, torch.arange(batch * groups, device=x.device))
+    rows = x.float().reshape(batch * tokens, channels)
+    mean = torch.ops.aten._embedding_bag(rows, order, starts, False, 1)[0]
+    return mean.view(batch, groups, channels).to(x.dtype)
+
+
+def unmerge(y: Tensor, assign: Tensor) -> Tensor:
+    """Give each token its group's row: ``y (B, M, C)``, ``assign (B, N)`` int64 -> ``(B, N, C)``, dtype kept."""
+    return y.gather(1, assign.unsqueeze(-1).expand(-1, -1, y.shape[-1]))

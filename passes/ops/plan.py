@@ -1,0 +1,54 @@
+"""Which tokens merge: the plan, two integer maps made from a metric on a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bigain_fx.passes.ops.score import cell_tokens, laplacian_score, lowest_scoring
+
+
+def merge_plan(
+    metric: Tensor, grid: Sequence[int], cell: Sequence[int], merged: int, position: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Decide which ``merged`` tokens fold into which destination (``docs/operators.md``, "Plan").
+
+    Args:
+        metric: ``(B, N, C)`` floating; compared in float32 by cosine similarity.
+        grid: ``(h, w)`` with ``h * w == N``.
+        cell: ``(rows, columns)``; each complete cell holds one destination.
+        merged: number of sources that merge, at most the number of tokens that are no destination.
+        position: ``(cells,)`` int64, the destination's offset in each cell; None elects the token of lowest
+            Laplacian score.
+
+    Returns:
+        ``assign (B, N)`` int64 into ``[0, M)`` and ``rep (B, M)`` int64 into ``[0, N)``, ``M = N - merged``.
+        Destinations come first, in token order, then the tokens that stand alone.
+    """
+    batch, tokens, _ = metric.shape
+    members = cell_tokens(grid, cell, metric.device)
+    if position is None:
+        position = lowest_scoring(laplacian_score(metric, grid), grid, cell)
+    else:
+        position = position.expand(batch, -1)
+    elected = members.expand(batch, -1, -1).gather(2, position.unsqueeze(-1)).squeeze(-1)
+    is_destination = torch.zeros(batch, tokens, dtype=torch.int32, device=metric.device).scatter(1, elected, 1)
+    # A stable sort of the mask lists the sources, then the destinations, each in token order.
+    sources, destinations = is_destination.argsort(dim=1, stable=True).tensor_split([tokens - len(members)], 1)
+
+    unit = metric.float()
+    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    similarity, match = (_rows(unit, sources) @ _rows(unit, destinations).mT).max(-1)
+    folded, alone = similarity.argsort(dim=1, descending=True, stable=True).tensor_split([merged], 1)
+
+    standing = sources.gather(1, alone)
+    rep = torch.cat([destinations, standing], 1)
+    group = torch.arange(rep.shape[1], device=metric.device).expand_as(rep)
+    assign = torch.zeros_like(is_destination, dtype=torch.int64).scatter(1, rep, group)
+    return assign.scatter(1, sources.gather(1, folded), match.gather(1, folded)), rep
+
+
+def _rows(tokens: Tensor, index: Tensor) -> Tensor:
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,51 @@
+"""Where the detail is: the Laplacian score of tokens on a grid, and the destinations it elects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def laplacian_score(metric: Tensor, grid: Sequence[int]) -> Tensor:
+    """Sum over channels of the absolute 3x3 Laplacian, zero-padded (``docs/operators.md``, "Score").
+
+    Args:
+        metric: ``(B, N, C)``, any floating dtype; computed in float32.
+        grid: ``(h, w)`` with ``h * w == N``, tokens row-major.
+
+    Returns:
+        ``(B, N)`` float32, non-negative.
+    """
+    h, w = grid
+    tokens = metric.float().unflatten(1, (h, w))
+    padded = F.pad(tokens, (0, 0, 1, 1, 1, 1))
+    neighbours = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
+    return (neighbours - 4 * tokens).abs().sum(-1).flatten(1)
+
+
+def complete_cells(grid: Sequence[int], cell: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of complete cells on ``grid``."""
+    return grid[0] // cell[0], grid[1] // cell[1]
+
+
+def cell_tokens(grid: Sequence[int], cell: Sequence[int], device: torch.device) -> Tensor:
+    """Token index of every member of every complete cell: ``(cells, rows * columns)`` int64, both row-major."""
+    (h, w), (rows, columns) = grid, cell
+    down, across = complete_cells(grid, cell)
+    index = torch.arange(h * w, device=device).view(h, w)[: down * rows, : across * columns]
+    return index.view(down, rows, across, columns).transpose(1, 2).reshape(down * across, rows * columns)
+
+
+def lowest_scoring(score: Tensor, grid: Sequence[int], cell: Sequence[int]) -> Tensor:
+    """Offset, within each complete cell, of its token of lowest score: ``(B, cells)`` int64, first on a tie."""
+    return score[:, cell_tokens(grid, cell, score.device)].argmin(-1)
+
+
+def random_positions(grid: Sequence[int], cell: Sequence[int], seed: int) -> Tensor:
+    """One seeded draw of a position per complete cell: ``(cells,)`` int64 on the CPU (ToMe's random destinations)."""
+    down, across = complete_cells(grid, cell)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(cell[0] * cell[1], (down * across,), generator=generator)

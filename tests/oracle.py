@@ -1,0 +1,207 @@
+"""Naive loop versions of the operators, the reference that every test of the operators is judged by.
+
+Written from the description of BiGain (arXiv 2603.12240) alone: loops over samples, tokens, cells and blocks, numpy
+float32, no code shared with the package. Tokens are row-major on a grid ``(rows, columns)``. A plan is a `Plan`; the
+order of its groups means nothing, so compare plans with `Plan.token_map`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Floats = npt.NDArray[np.float32]
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A partition of the tokens: ``assign`` (B, N) int64 in [0, M) and ``rep`` (B, M) int64 in [0, N)."""
+
+    assign: Tensor
+    rep: Tensor
+
+    def token_map(self) -> list[list[int]]:
+        """The representative of each token's group, per sample: equal for plans that differ in group order alone."""
+        return token_map(self.assign, self.rep)
+
+
+def token_map(assign: Tensor, rep: Tensor) -> list[list[int]]:
+    """``rep[assign[token]]`` for every sample and token, as lists of int."""
+    return [[int(rep[b, group]) for group in assign[b]] for b in range(assign.shape[0])]
+
+
+def lone_tokens(assign: Tensor) -> list[set[int]]:
+    """The tokens that are alone in their group, per sample."""
+    lone = []
+    for row in assign.tolist():
+        sizes: dict[int, int] = {}
+        for group in row:
+            sizes[group] = sizes.get(group, 0) + 1
+        lone.append({token for token, group in enumerate(row) if sizes[group] == 1})
+    return lone
+
+
+def laplacian_score(metric: Tensor, grid: Pair) -> Tensor:
+    """Sum over channels of |3x3 Laplacian| with zero padding: (B, N, C) -> (B, N) float32."""
+    values = _numpy(metric)
+    rows, columns = grid
+    scores = np.zeros(values.shape[:2], np.float32)
+    for b in range(values.shape[0]):
+        for row in range(rows):
+            for column in range(columns):
+                response = np.float32(-4) * values[b, row * columns + column]
+                for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+                    i, j = row + down, column + right
+                    if 0 <= i < rows and 0 <= j < columns:
+                        response = response + values[b, i * columns + j]
+                scores[b, row * columns + column] = np.abs(response).sum()
+    return torch.from_numpy(scores)
+
+
+def cell_tokens(grid: Pair, cell: Pair) -> list[list[int]]:
+    """The tokens of each complete cell, cells and tokens row-major."""
+    rows, columns = grid
+    return [
+        [
+            (top * cell[0] + down) * columns + left * cell[1] + right
+            for down in range(cell[0])
+            for right in range(cell[1])
+        ]
+        for top in range(rows // cell[0])
+        for left in range(columns // cell[1])
+    ]
+
+
+def destinations(score: Tensor, grid: Pair, cell: Pair, positions: Sequence[int] | None = None) -> list[list[int]]:
+    """The destination of each complete cell, per sample.
+
+    ``positions`` gives the offset in each cell (row-major); without it the token of lowest score, the first on a tie.
+    """
+    result = []
+    for b in range(score.shape[0]):
+        chosen = []
+        for index, tokens in enumerate(cell_tokens(grid, cell)):
+            best = tokens[0] if positions is None else tokens[positions[index]]
+            if positions is None:
+                for token in tokens:
+                    if float(score[b, token]) < float(score[b, best]):
+                        best = token
+            chosen.append(best)
+        result.append(chosen)
+    return result
+
+
+def top_left(grid: Pair, cell: Pair) -> list[int]:
+    """The positions that make the top-left token of every complete cell its destination."""
+    return [0] * len(cell_tokens(grid, cell))
+
+
+def merged_count(grid: Pair, cell: Pair, ratio: float) -> int:
+    """The number of sources that merge: ``min(int(N * ratio), number of sources)``."""
+    tokens = grid[0] * grid[1]
+    return min(int(tokens * ratio), tokens - len(cell_tokens(grid, cell)))
+
+
+def match(metric: Tensor, chosen: Sequence[Sequence[int]]) -> list[list[tuple[int, int, float]]]:
+    """For each sample, ``(source, destination, similarity)`` of every source in token order.
+
+    The destination is the most similar one by cosine, on a tie that of lowest token index.
+    """
+    values = _numpy(metric)
+    result = []
+    for b in range(values.shape[0]):
+        unit = []
+        for token in range(values.shape[1]):
+            norm = np.sqrt(np.sum(values[b, token] * values[b, token], dtype=np.float32))
+            unit.append(values[b, token] / max(norm, np.float32(1e-12)))
+        ordered = sorted(chosen[b])
+        matches = []
+        for source in range(values.shape[1]):
+            if source in chosen[b]:
+                continue
+            best, highest = -1, -np.inf
+            for destination in ordered:
+                similarity = float(np.dot(unit[source], unit[destination]))
+                if similarity > highest:
+                    best, highest = destination, similarity
+            matches.append((source, best, highest))
+        result.append(matches)
+    return result
+
+
+def merge_plan(metric: Tensor, grid: Pair, cell: Pair, merged: int, positions: Sequence[int] | None = None) -> Plan:
+    """The plan that merges the ``merged`` most similar sources (lowest source index on a tie), metric (B, N, C)."""
+    chosen = destinations(laplacian_score(metric, grid), grid, cell, positions)
+    assign, rep = [], []
+    for matches in match(metric, chosen):
+        ranked = sorted(matches, key=lambda item: (-item[2], item[0]))
+        target = {source: destination for source, destination, _ in ranked[:merged]}
+        kept = [token for token in range(metric.shape[1]) if token not in target]
+        rep.append(kept)
+        assign.append([kept.index(target.get(token, token)) for token in range(metric.shape[1])])
+    return Plan(torch.tensor(assign), torch.tensor(rep))
+
+
+def merge(x: Tensor, plan: Plan) -> Tensor:
+    """Equal-weight mean of every group: (B, N, C) -> (B, M, C), computed in float32, returned in x.dtype."""
+    values = _numpy(x)
+    merged = np.zeros((x.shape[0], plan.rep.shape[1], x.shape[2]), np.float32)
+    for b in range(values.shape[0]):
+        sizes = [0] * plan.rep.shape[1]
+        for token, group in enumerate(plan.assign[b].tolist()):
+            merged[b, group] += values[b, token]
+            sizes[group] += 1
+        for group, size in enumerate(sizes):
+            merged[b, group] /= np.float32(size)
+    return torch.from_numpy(merged).to(x.dtype)
+
+
+def unmerge(y: Tensor, plan: Plan) -> Tensor:
+    """Every token gets its group's: (B, M, C) -> (B, N, C)."""
+    rows = [[y[b, group] for group in plan.assign[b].tolist()] for b in range(y.shape[0])]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def kv_downsample(x: Tensor, alpha: float | Sequence[float], grid: Pair, factor: int) -> Tensor:
+    """``alpha * nearest + (1 - alpha) * mean`` of every factor x factor block: (B, N, C) -> (B, N / factor**2, C).
+
+    ``alpha`` is one number or one a sample; nearest is at offset ``factor // 2`` of the block in both axes.
+    """
+    values = _numpy(x)
+    alphas = [alpha] * x.shape[0] if isinstance(alpha, (int, float)) else list(alpha)
+    blocks = cell_tokens(grid, (factor, factor))
+    result = np.zeros((x.shape[0], len(blocks), x.shape[2]), np.float32)
+    nearest = (factor // 2) * factor + factor // 2
+    for b in range(values.shape[0]):
+        weight = np.float32(alphas[b])
+        for index, tokens in enumerate(blocks):
+            total = np.zeros(x.shape[2], np.float32)
+            for token in tokens:
+                total += values[b, token]
+            mean = total / np.float32(len(tokens))
+            result[b, index] = weight * values[b, tokens[nearest]] + (np.float32(1) - weight) * mean
+    return torch.from_numpy(result).to(x.dtype)
+
+
+def linear_alpha(
+    timestep: Tensor | float, batch: int, noisy: float, clean: float, t_noisy: float, t_clean: float
+) -> list[float]:
+    """One alpha a sample: linear from ``noisy`` at ``t_noisy`` to ``clean`` at ``t_clean``, clamped outside."""
+    steps = torch.as_tensor(timestep).float().reshape(-1).tolist()
+    steps = steps * batch if len(steps) == 1 else steps
+    alphas = []
+    for step in steps:
+        fraction = (np.float32(step) - np.float32(t_clean)) / (np.float32(t_noisy) - np.float32(t_clean))
+        fraction = min(max(fraction, np.float32(0)), np.float32(1))
+        alphas.append(float(np.float32(clean) + fraction * (np.float32(noisy) - np.float32(clean))))
+    return alphas
+
+
+def _numpy(x: Tensor) -> Floats:
+    return np.asarray(x.detach().to(torch.float32).contiguous().numpy(), dtype=np.float32)

@@ -1,0 +1,41 @@
+"""bigain-fx: token compression for diffusion denoisers, as a graph rewrite."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigain_fx.optimize import OptimizedDenoiser, inspect, optimize
+    from bigain_fx.passes.errors import BigainError, CaptureError, GridError, InputError, MethodError, RewriteError
+    from bigain_fx.passes.methods import KVDownsample, LaplacianMerge, LinearAlpha, ToDo, ToMe
+    from bigain_fx.report import Report
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "bigain_fx.optimize": ("OptimizedDenoiser", "inspect", "optimize"),
+    "bigain_fx.passes.errors": (
+        "BigainError", "CaptureError", "GridError", "InputError", "MethodError", "RewriteError",
+    ),
+    "bigain_fx.passes.methods": ("KVDownsample", "LaplacianMerge", "LinearAlpha", "ToDo", "ToMe"),
+    "bigain_fx.report": ("Report",),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BigainError", "CaptureError", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha",
+    "MethodError", "OptimizedDenoiser", "Report", "RewriteError", "ToDo", "ToMe", "inspect", "optimize",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bigain_fx.passes.errors import InputError
+
+NAMES = ("mnist-dit", "mnist-unet")
 WEIGHTS = Path(__file__).parent / "weights"
 
 DIT_CONFIG: dict[str, Any] = dict(
@@ -48,6 +51,26 @@ class ClassConditional:
         if self.class_tokens is None:
             return {"class_labels": labels}
         return {"encoder_hidden_states": self.class_tokens[labels][:, None]}
+
+
+def load(name: str) -> ClassConditional:
+    """Load the embedded denoiser ``name``, trained, in eval mode, float32, on the CPU.
+
+    Raises:
+        InputError: no denoiser of that name, or its weights are missing.
+    """
+    from safetensors.torch import load_file
+
+    if name not in NAMES:
+        raise InputError(f"name={name!r} is not an embedded denoiser; choose {' or '.join(NAMES)}")
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.exists():
+        raise InputError(f"{path} is missing; reinstall, or train it: python -m bigain_fx.embedded.train {name}")
+    denoiser, tensors = build(name), load_file(path)
+    tokens = tensors.pop("tokens", None)
+    denoiser.model.load_state_dict(tensors)
+    denoiser.model.eval().requires_grad_(False)
+    return replace(denoiser, class_tokens=tokens)
 
 
 def build(name: str) -> ClassConditional:

@@ -1,0 +1,148 @@
+"""From a captured graph to a rewritten copy of it, with a record of what happened to every attention."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch.fx import Graph, GraphModule
+
+from bigain_fx.passes import kv, merge
+from bigain_fx.passes.axes import Refusal, aten, shape_of
+from bigain_fx.passes.flops import flops
+from bigain_fx.passes.grid import Grid, check_hint, grid_from_hint, grid_of, image_layouts
+from bigain_fx.passes.methods import KV, MERGE, Method, Methods
+from bigain_fx.passes.sites import SDPA, AttentionSite, find_sites, module_name
+from bigain_fx.passes.surgery import Surgeon
+
+REWRITES: Mapping[str, ModuleType] = {KV: kv, MERGE: merge}
+"""The rewrites in the order in which they are applied: merging then takes keys and values as it finds them."""
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What was done to one attention.
+
+    Attributes:
+        name: path of the module it came from.
+        action: ``"merge"``, ``"kv"``, ``"merge+kv"`` or ``"kept"``.
+        reason: why it, or part of the method, was not applied; empty otherwise.
+        tokens: rows of its queries.
+        tokens_after: tokens it works on now: the merged ones, or the keys and values where only those fell.
+        grid: ``(h, w)`` of its tokens, None where unknown.
+        flops, flops_after: of its projections and attention, the plan included.
+    """
+
+    name: str
+    action: str
+    reason: str
+    tokens: int
+    tokens_after: int
+    grid: Grid | None
+    flops: int
+    flops_after: int
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten graph, ``records`` of its attentions in graph order, and the FLOPs of the whole graph."""
+
+    module: GraphModule
+    records: tuple[SiteRecord, ...]
+    flops: int
+    flops_after: int
+
+
+def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None) -> Rewritten:
+    """Apply ``methods`` to a copy of ``module``; weights are shared, ``module`` stays as it is.
+
+    Args:
+        module: a pre-dispatch ATen graph whose nodes carry ``meta["val"]``.
+        methods: at most one of each kind, as :func:`bigain_fx.passes.methods.normalize` returns them.
+        grid: ``(rows, columns)`` of image tokens at the finest resolution, for graphs that cannot tell.
+
+    Raises:
+        GridError: a hint that contradicts the graph or fits no attention.
+        RewriteError: an alpha schedule without a timestep input.
+    """
+    result = GraphModule(module, copy.deepcopy(module.graph))
+    _drop_assertions(result.graph)
+    found = find_sites(result.graph)
+    layouts = image_layouts(result.graph)
+    sites = [site for _, site in found if isinstance(site, AttentionSite)]
+    inferred = [grid_of(layouts.get(site.x)) for site in sites]
+    check_hint(grid, inferred, [site.tokens for site in sites])
+    grids = {
+        site.sdpa: known or (grid_from_hint(grid, site.tokens) if grid else None)
+        for site, known in zip(sites, inferred, strict=True)
+    }
+    finest = sorted({found for found in grids.values() if found}, key=lambda found: (-math.prod(found), found))
+
+    attentions = [node for node in result.graph.nodes if node.target is SDPA]
+    before, flops_before = _module_flops(result.graph), flops(result.graph.nodes)
+    surgeon = Surgeon(result)
+    outcomes: list[tuple[str, str, int]] = []
+    for (_, site), sdpa in zip(found, attentions, strict=True):
+        tokens = shape_of(sdpa)[-2]
+        if isinstance(site, Refusal):
+            outcomes.append(("kept", f"{site.reason} (at {site.node})", tokens))
+        elif (known := grids[site.sdpa]) is None:
+            outcomes.append(("kept", "no grid: the graph does not tell which tokens lie where; pass grid=", tokens))
+        else:
+            outcomes.append(_rewrite_site(surgeon, site, known, finest.index(known), methods))
+    surgeon.finish()
+    after = _module_flops(result.graph)
+    uses = Counter(name for name, _ in found)
+    records = tuple(
+        SiteRecord(name, *outcome[:2], shape_of(sdpa)[-2], outcome[2], grids.get(sdpa), before[name] // uses[name],
+                   after[name] // uses[name])
+        for (name, _), outcome, sdpa in zip(found, outcomes, attentions, strict=True)
+    )  # fmt: skip
+    return Rewritten(result, records, flops_before, flops(result.graph.nodes))
+
+
+def _rewrite_site(
+    surgeon: Surgeon, site: AttentionSite, grid: Grid, level: int, methods: Methods
+) -> tuple[str, str, int]:
+    """Apply every method that fits; return the action, the reasons of those that do not, and the tokens left."""
+    reasons: list[str] = [] if methods else ["no method"]
+    chosen: dict[str, Method] = {}
+    for method in methods:
+        reason = _out_of_level(method, level) or REWRITES[method.kind].refuse(site, grid, method)
+        if method.idle or reason:
+            reasons.append(reason or "ratio 0")
+        else:
+            chosen[method.kind] = method
+    tokens = site.tokens
+    for kind, method in chosen.items():
+        tokens = REWRITES[kind].tokens_after(site, grid, method)
+        site = REWRITES[kind].apply(surgeon, site, grid, method)
+    return "+".join(sorted(chosen, reverse=True)) or "kept", "; ".join(dict.fromkeys(reasons)), tokens
+
+
+def _drop_assertions(graph: Graph) -> None:
+    """Erase the metadata checks that export leaves at casts: they would keep replaced tensors alive."""
+    for node in graph.nodes:
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+
+
+def _out_of_level(method: Method, level: int) -> str | None:
+    if method.levels is None or level < method.levels:
+        return None
+    return f"level {level + 1} of the grids, finest first; levels={method.levels}"
+
+
+def _module_flops(graph: Graph) -> Counter[str]:
+    """FLOPs within each module, by path, those of its submodules included."""
+    total: Counter[str] = Counter()
+    for node in graph.nodes:
+        if count := flops([node]):
+            parts = module_name(node).split(".")
+            for length in range(1, len(parts) + 1):
+                total[".".join(parts[:length])] += count
+    return total

@@ -78,11 +78,14 @@ def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
         for leaf in leaves
     )
-    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-    autocast = tuple(
-        (device, torch.get_autocast_dtype(device)) for device in sorted(devices) if torch.is_autocast_enabled(device)
-    )
+    devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)})
+    autocast = tuple((device, torch.get_autocast_dtype(device)) for device in devices if autocast_enabled(device))
     return (str(spec), described, autocast)
+
+
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for ``device``, such as ``"cpu"``."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def flat_tensors(arguments: Mapping[str, Any]) -> list[Tensor]:

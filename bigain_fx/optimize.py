@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bigain_fx.capture import CallBinder, Captured, capture, flat_tensors, signature_of
+from bigain_fx.capture import CallBinder, Captured, autocast_enabled, capture, flat_tensors, signature_of
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
@@ -127,7 +127,7 @@ class OptimizedDenoiser(nn.Module):
                 return
             if tensor.device != weight.device:
                 raise InputError(f"{name} is on {tensor.device}, the weights on {weight.device}; move one of them")
-            if _is_sample(name, arguments) and tensor.dtype != weight.dtype and not _autocast(weight.device):
+            if _is_sample(name, arguments) and tensor.dtype != weight.dtype and not autocast_enabled(weight.device.type):
                 raise InputError(f"{name} has dtype {tensor.dtype}, the weights {weight.dtype}; cast one of them")
 
     def _check_gradients(self, arguments: Mapping[str, Any]) -> None:
@@ -168,10 +168,6 @@ def _named_tensors(arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
 def _is_sample(name: str, arguments: Mapping[str, Any]) -> bool:
     first = next(iter(arguments))
     return name == f"['{first}']" and arguments[first].is_floating_point()
-
-
-def _autocast(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type)
 
 
 def optimize(

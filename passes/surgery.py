@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_map
 
 from bigain_fx.passes.axes import TOKENS, Layout, aten, names
 
+# Torch calls these impure, for the random numbers that they could draw.
+_DROPPABLE = frozenset({aten.scaled_dot_product_attention.default, aten.dropout.default})
 _SIZED = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
 
@@ -69,7 +71,7 @@ class Surgeon:
 
     def finish(self) -> GraphModule:
         """Drop what nobody reads, check the graph, and generate its code."""
-        self.graph.eliminate_dead_code()
+        self.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target not in _DROPPABLE)
         self.graph.lint()
         self.module.recompile()
         return self.module

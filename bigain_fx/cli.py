@@ -1,0 +1,124 @@
+"""The command line: ``bigain-fx demo``, ``inspect``, ``bench``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bigain_fx.passes.errors import BigainError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+MODEL_HELP = "mnist-dit, mnist-unet, sd2, sdxl, dit-xl-2, pixart, or a diffusers folder"
+METHODS_HELP = (
+    "dense, tome:RATIO, bigain-tm:RATIO, todo:FACTOR, bigain-td:FACTOR[:ALPHA or :NOISY..CLEAN]; '+' joins two"
+)
+
+
+class Dtype(StrEnum):
+    """Names of the dtypes that a denoiser runs in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.callback()
+def _root() -> None:
+    """Token compression for diffusion denoisers, as a graph rewrite."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the report and the pictures")] = Path("bigain-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="fewer digits and steps")] = False,
+    backend: Annotated[str, typer.Option(help="torch.compile backend, or eager")] = "inductor",
+) -> None:
+    """Optimize the embedded denoisers, generate and classify digits with each, and leave a report."""
+    from bigain_fx import demo as module
+
+    module.run(out, quick=quick, backend=backend)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    method: Annotated[str, typer.Option("--methods", help=METHODS_HELP)] = "bigain-tm:0.7",
+    size: Annotated[int | None, typer.Option(help="side of the latent, in pixels")] = None,
+    batch: Annotated[int, typer.Option(help="samples a call")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Show every attention of MODEL, what each method would do to it, and its FLOPs. Needs no weights and no memory."""
+    import bigain_fx as bgx
+    from bigain_fx.models import load
+    from bigain_fx.passes.methods import parse_list
+    from bigain_fx.report import COLUMNS
+
+    methods = parse_list(method)
+    workload = load(model, size=size, batch=batch, device="meta")
+    reports = [bgx.inspect(workload.model, workload.args, workload.kwargs, method=m) for m in methods.values()]
+    if as_json:
+        print(json.dumps([report.to_dict() for report in reports], indent=1))
+        return
+    console = Console()
+    for report in reports:
+        table = Table(*COLUMNS, title=report.headline, title_justify="left")
+        for row in report.rows():
+            table.add_row(*row, style=None if row[1] == "kept" else "bold")
+        console.print(table)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    methods: Annotated[str, typer.Option(help=METHODS_HELP + "; ',' lists")] = (
+        "dense,tome:0.7,bigain-tm:0.7,todo:2,bigain-td:2"
+    ),
+    size: Annotated[int | None, typer.Option(help="side of the latent, in pixels")] = None,
+    batch: Annotated[int, typer.Option(help="samples a call")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="of weights and inputs")] = Dtype.float32,
+    rounds: Annotated[int, typer.Option(help="interleaved timed rounds")] = 7,
+    backend: Annotated[str, typer.Option(help="torch.compile backend, or eager")] = "inductor",
+    out: Annotated[Path, typer.Option(help="folder for the JSON and the Markdown")] = Path("bigain-bench"),
+) -> None:
+    """Time dense against compressed, compiled, side by side, with the free bound of each kind."""
+    import torch
+
+    from bigain_fx.bench.run import run
+    from bigain_fx.models import load
+    from bigain_fx.passes.errors import InputError
+    from bigain_fx.passes.methods import parse_list
+
+    parsed = parse_list(methods)
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device={device!r} must be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device='cuda': torch sees no CUDA device here; use --device cpu")
+    workload = load(model, size=size, batch=batch, device=device, dtype=getattr(torch, dtype))
+    result = run(workload, parsed, rounds=rounds, backend=backend, out=out)
+    print(result.to_markdown())
+
+
+def main() -> None:
+    """Entry point: errors of ours are one line on standard error and exit status 2."""
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except BigainError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

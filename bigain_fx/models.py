@@ -1,0 +1,191 @@
+"""Denoisers by name: embedded, from a diffusers folder, or a known configuration without its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigain_fx.embedded import NAMES
+from bigain_fx.embedded import load as load_embedded
+from bigain_fx.passes.errors import InputError
+
+TEXT_TOKENS = {"UNet2DConditionModel": 77, "PixArtTransformer2DModel": 300}
+
+KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd2": ("UNet2DConditionModel", dict(
+        sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+        attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True,
+    )),
+    "sdxl": ("UNet2DConditionModel", dict(
+        sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )),
+    "dit-xl-2": ("DiTTransformer2DModel", dict(
+        sample_size=32, in_channels=4, out_channels=8, patch_size=2, num_layers=28, num_attention_heads=16,
+        attention_head_dim=72, num_embeds_ada_norm=1000,
+    )),
+    "pixart": ("PixArtTransformer2DModel", dict(
+        sample_size=128, in_channels=4, out_channels=8, patch_size=2, num_layers=28, num_attention_heads=16,
+        attention_head_dim=72, cross_attention_dim=1152, caption_channels=4096, interpolation_scale=2,
+        use_additional_conditions=False, norm_type="ada_norm_single",
+    )),
+}  # fmt: skip
+"""Published configurations: Stable Diffusion 2.0, SDXL 1.0, DiT-XL/2, PixArt-Sigma-XL/2 at 1024 px."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A denoiser in eval mode and inputs to call it with: ``model(*args, **kwargs)``."""
+
+    name: str
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def load(
+    name: str,
+    *,
+    size: int | None = None,
+    batch: int = 2,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Workload:
+    """Load the denoiser ``name`` with seeded example inputs.
+
+    Args:
+        name: an embedded name, a known configuration (random weights), or a diffusers folder (of a denoiser, or of a
+            pipeline that holds one).
+        size: side of the latent in pixels; the model's own by default.
+        batch: samples a call.
+        device: ``"meta"`` gives shapes without memory.
+        dtype: of the weights and the inputs.
+
+    Raises:
+        InputError: nothing of that name, a size that does not fit, a class whose inputs are not known.
+    """
+    if size is not None and (size < 1 or size % 2):
+        raise InputError(f"size={size!r} must be a positive even number of latent pixels")
+    if batch < 1:
+        raise InputError(f"batch={batch!r} must be at least 1")
+    torch.manual_seed(seed)
+    if name in NAMES:
+        model = load_embedded(name).model.to(device)
+        _check_position_size(name, model, size)
+    elif name in KNOWN:
+        class_name, config = KNOWN[name]
+        with torch.device(device):
+            model = _class(class_name)(**config | ({"sample_size": size} if size else {}))
+    elif Path(name).is_dir():
+        model = _from_folder(Path(name)).to(device)
+        _check_position_size(name, model, size)
+    else:
+        raise InputError(f"model={name!r} is neither a folder nor one of {', '.join((*NAMES, *KNOWN))}")
+    # diffusers' own .to() warns about modules to keep in float32 even where a class has none.
+    model = nn.Module.to(model, dtype).eval().requires_grad_(False)
+    return Workload(name, model, (), example_inputs(model, size or model.config.sample_size, batch))
+
+
+def example_inputs(model: nn.Module, size: int, batch: int) -> dict[str, Any]:
+    """Keyword arguments to call ``model`` with: ``batch`` latents of ``size`` by ``size``, random conditions.
+
+    Raises:
+        InputError: a class whose inputs are not known.
+    """
+    make = _INPUTS.get(type(model).__name__)
+    if make is None:
+        known = ", ".join(_INPUTS)
+        raise InputError(f"{type(model).__name__}: no example inputs are known; from Python, pass args to optimize() ({known})")
+    weight = next(model.parameters())
+    inputs: dict[str, Any] = make(model.config, size, batch)
+    return _cast(inputs, weight.device, weight.dtype)
+
+
+def _unet_inputs(config: Any, size: int, batch: int) -> dict[str, Any]:
+    inputs: dict[str, Any] = {
+        "sample": torch.randn(batch, config.in_channels, size, size),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS["UNet2DConditionModel"], config.cross_attention_dim),
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        sizes = torch.tensor([8.0 * size, 8.0 * size, 0, 0, 8.0 * size, 8.0 * size]).expand(batch, -1)
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(batch, pooled), "time_ids": sizes}
+    return inputs
+
+
+def _dit_inputs(config: Any, size: int, batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(batch, config.in_channels, size, size),
+        "timestep": torch.full((batch,), 500),
+        "class_labels": torch.arange(batch) % config.num_embeds_ada_norm,
+    }
+
+
+def _pixart_inputs(config: Any, size: int, batch: int) -> dict[str, Any]:
+    tokens = TEXT_TOKENS["PixArtTransformer2DModel"]
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.randn(batch, config.in_channels, size, size),
+        "encoder_hidden_states": torch.randn(batch, tokens, config.caption_channels),
+        "timestep": torch.full((batch,), 500),
+        "encoder_attention_mask": torch.ones(batch, tokens),
+    }
+    if config.use_additional_conditions or (config.use_additional_conditions is None and config.sample_size == 128):
+        shape = torch.tensor([[8.0 * size, 8.0 * size]]).expand(batch, -1)
+        inputs["added_cond_kwargs"] = {"resolution": shape, "aspect_ratio": torch.ones(batch, 1)}
+    return inputs
+
+
+_INPUTS: dict[str, Callable[[Any, int, int], dict[str, Any]]] = {
+    "UNet2DConditionModel": _unet_inputs,
+    "DiTTransformer2DModel": _dit_inputs,
+    "PixArtTransformer2DModel": _pixart_inputs,
+}
+
+
+def _cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {key: _cast(item, device, dtype) for key, item in value.items()}
+    assert isinstance(value, Tensor)
+    return value.to(device, dtype if value.is_floating_point() else None)
+
+
+def _class(name: str) -> type[nn.Module]:
+    import diffusers
+
+    found: type[nn.Module] | None = getattr(diffusers, name, None)
+    if found is None:
+        raise InputError(f"class {name!r} is not in diffusers {diffusers.__version__}")
+    return found
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    """The denoiser saved in ``folder``, or in the ``unet`` or ``transformer`` folder of a pipeline there."""
+    for candidate in (folder, folder / "unet", folder / "transformer"):
+        config = candidate / "config.json"
+        if config.is_file():
+            try:
+                class_name = json.loads(config.read_text())["_class_name"]
+                model: nn.Module = _class(class_name).from_pretrained(candidate, local_files_only=True)  # type: ignore[attr-defined]
+            except (KeyError, ValueError, OSError) as error:
+                reason = (str(error).strip().splitlines() or [repr(error)])[0]
+                raise InputError(f"model={str(folder)!r} cannot be loaded: {reason}") from error
+            return model
+    raise InputError(f"model={str(folder)!r} holds no config.json of a denoiser, nor a unet or transformer folder")
+
+
+def _check_position_size(name: str, model: nn.Module, size: int | None) -> None:
+    """A loaded DiT has a learned-size table of positions: refuse another size with a reason."""
+    if size and type(model).__name__ == "DiTTransformer2DModel" and size != model.config.sample_size:
+        raise InputError(f"size={size!r}: {name} has positions for {model.config.sample_size} only")

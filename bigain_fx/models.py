@@ -18,27 +18,30 @@ from bigain_fx.passes.errors import InputError
 TEXT_TOKENS = {"UNet2DConditionModel": 77, "PixArtTransformer2DModel": 300}
 
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
-    "sd2": ("UNet2DConditionModel", dict(
-        sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
-        attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True,
-    )),
-    "sdxl": ("UNet2DConditionModel", dict(
-        sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )),
-    "dit-xl-2": ("DiTTransformer2DModel", dict(
-        sample_size=32, in_channels=4, out_channels=8, patch_size=2, num_layers=28, num_attention_heads=16,
-        attention_head_dim=72, num_embeds_ada_norm=1000,
-    )),
-    "pixart": ("PixArtTransformer2DModel", dict(
-        sample_size=128, in_channels=4, out_channels=8, patch_size=2, num_layers=28, num_attention_heads=16,
-        attention_head_dim=72, cross_attention_dim=1152, caption_channels=4096, interpolation_scale=2,
-        use_additional_conditions=False, norm_type="ada_norm_single",
-    )),
+    "sd2": ("UNet2DConditionModel", {
+        "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2, "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    }),
+    "sdxl": ("UNet2DConditionModel", {
+        "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
+        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }),
+    "dit-xl-2": ("DiTTransformer2DModel", {
+        "sample_size": 32, "in_channels": 4, "out_channels": 8, "patch_size": 2, "num_layers": 28,
+        "num_attention_heads": 16, "attention_head_dim": 72, "num_embeds_ada_norm": 1000,
+    }),
+    "pixart": ("PixArtTransformer2DModel", {
+        "sample_size": 128, "in_channels": 4, "out_channels": 8, "patch_size": 2, "num_layers": 28,
+        "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152,
+        "caption_channels": 4096, "interpolation_scale": 2,
+        "use_additional_conditions": False, "norm_type": "ada_norm_single",
+    }),
 }  # fmt: skip
 """Published configurations: Stable Diffusion 2.0, SDXL 1.0, DiT-XL/2, PixArt-Sigma-XL/2 at 1024 px."""
 
@@ -94,7 +97,7 @@ def load(
         raise InputError(f"model={name!r} is neither a folder nor one of {', '.join((*NAMES, *KNOWN))}")
     # diffusers' own .to() warns about modules to keep in float32 even where a class has none.
     model = nn.Module.to(model, dtype).eval().requires_grad_(False)
-    return Workload(name, model, (), example_inputs(model, size or model.config.sample_size, batch))
+    return Workload(name, model, (), example_inputs(model, size or _own_size(model), batch))
 
 
 def example_inputs(model: nn.Module, size: int, batch: int) -> dict[str, Any]:
@@ -106,10 +109,13 @@ def example_inputs(model: nn.Module, size: int, batch: int) -> dict[str, Any]:
     make = _INPUTS.get(type(model).__name__)
     if make is None:
         known = ", ".join(_INPUTS)
-        raise InputError(f"{type(model).__name__}: no example inputs are known; from Python, pass args to optimize() ({known})")
+        raise InputError(
+            f"{type(model).__name__} has no known example inputs ({known} have); in Python, pass args to optimize()"
+        )
     weight = next(model.parameters())
     inputs: dict[str, Any] = make(model.config, size, batch)
-    return _cast(inputs, weight.device, weight.dtype)
+    cast: dict[str, Any] = _cast(inputs, weight.device, weight.dtype)
+    return cast
 
 
 def _unet_inputs(config: Any, size: int, batch: int) -> dict[str, Any]:
@@ -185,7 +191,11 @@ def _from_folder(folder: Path) -> nn.Module:
     raise InputError(f"model={str(folder)!r} holds no config.json of a denoiser, nor a unet or transformer folder")
 
 
+def _own_size(model: Any) -> int:
+    return int(model.config.sample_size)
+
+
 def _check_position_size(name: str, model: nn.Module, size: int | None) -> None:
     """A loaded DiT has a learned-size table of positions: refuse another size with a reason."""
-    if size and type(model).__name__ == "DiTTransformer2DModel" and size != model.config.sample_size:
-        raise InputError(f"size={size!r}: {name} has positions for {model.config.sample_size} only")
+    if size and type(model).__name__ == "DiTTransformer2DModel" and size != _own_size(model):
+        raise InputError(f"size={size!r}: {name} has positions for {_own_size(model)} only")

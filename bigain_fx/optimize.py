@@ -69,7 +69,7 @@ class OptimizedDenoiser(nn.Module):
         return self._latest.report
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Capture and rewrite the graph for these inputs, if it is not there yet; compiling waits for the first call."""
+        """Capture and rewrite the graph for these inputs, unless it is there; it is compiled when first called."""
         arguments, _ = self._binder.bind(args, kwargs)
         self._entry(arguments)
 
@@ -127,7 +127,11 @@ class OptimizedDenoiser(nn.Module):
                 return
             if tensor.device != weight.device:
                 raise InputError(f"{name} is on {tensor.device}, the weights on {weight.device}; move one of them")
-            if _is_sample(name, arguments) and tensor.dtype != weight.dtype and not autocast_enabled(weight.device.type):
+            if (
+                _is_sample(name, arguments)
+                and tensor.dtype != weight.dtype
+                and not autocast_enabled(weight.device.type)
+            ):
                 raise InputError(f"{name} has dtype {tensor.dtype}, the weights {weight.dtype}; cast one of them")
 
     def _check_gradients(self, arguments: Mapping[str, Any]) -> None:

@@ -59,7 +59,9 @@ class Report:
         change = f"{self.flops / 1e9:.2f}"
         if self.flops_after != self.flops:
             change += f" -> {self.flops_after / 1e9:.2f} ({self.flops_after / self.flops - 1:+.1%})"
-        return f"{self.model}, {asked}: {len(self.rewritten)} of {len(self.sites)} attentions rewritten; GFLOPs {change}"
+        return (
+            f"{self.model}, {asked}: {len(self.rewritten)} of {len(self.sites)} attentions rewritten; GFLOPs {change}"
+        )
 
     def to_markdown(self) -> str:
         """The headline and a table."""
@@ -70,7 +72,7 @@ class Report:
     def __str__(self) -> str:
         lines = [self.headline]
         for name, action, tokens, grid, gflops, reason in self.rows():
-            lines.append(f"  {name}: {action}, tokens {tokens}, grid {grid}, GFLOPs {gflops}" + (f"; {reason}" * bool(reason)))
+            lines.append(f"  {name}: {action}, tokens {tokens}, grid {grid}, GFLOPs {gflops}; {reason}".rstrip("; "))
         return "\n".join(lines)
 
 

@@ -115,7 +115,7 @@ def _permutation(node: Node, layouts: Mapping[Node, Layout]) -> Layout | Refusal
         first, second = node.args[1], node.args[2]
         layout[first], layout[second] = layout[second], layout[first]  # type: ignore[index]
         return tuple(layout)
-    return tuple(layout[index] for index in node.args[1])  # type: ignore[union-attr,index,misc]
+    return tuple(layout[index] for index in node.args[1])  # type: ignore[union-attr,index]
 
 
 def _pointwise(node: Node, layouts: Mapping[Node, Layout]) -> Layout | Refusal:
@@ -207,7 +207,10 @@ def _dropout(node: Node, layouts: Mapping[Node, Layout]) -> Layout | Refusal:
 
 def inactive_dropout(node: Node) -> bool:
     """Whether ``node`` is a dropout that does nothing."""
-    return node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
+    if node.target is not aten.dropout.default:
+        return False
+    _, probability, train = node.args
+    return bool(probability == 0 or not train)
 
 
 CASTS = frozenset({
@@ -221,9 +224,10 @@ VIEWS = frozenset({
 PERMUTATIONS = frozenset({aten.permute.default, aten.transpose.int})
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})
 POINTWISE = frozenset({
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.mul.Scalar, aten.div.Scalar,
-    aten.neg.default, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.sqrt.default, aten.exp.default, aten.tanh.default,
-    aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.relu.default, aten.clamp.default,
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.mul.Scalar,
+    aten.div.Scalar, aten.neg.default, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.sqrt.default, aten.exp.default,
+    aten.tanh.default, aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.relu.default,
+    aten.clamp.default,
 })  # fmt: skip
 
 RULES: dict[Any, Callable[[Node, Mapping[Node, Layout]], Layout | Refusal]] = {

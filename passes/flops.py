@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from bigain_fx.passes.axes import aten, shape_of
+from bigain_fx.passes.ops import complete_cells
 
 
 def flops(nodes: Iterable[Node]) -> int:
@@ -32,7 +33,7 @@ def _node_flops(node: Node) -> int:
         case aten.matmul.default | aten.bmm.default | aten.mm.default:
             return 2 * out * shapes[0][-1]
         case torch.ops.bigain.merge_plan.default:
-            (batch, tokens, channels), (h, w), (rows, columns) = shapes[0], node.args[1], node.args[2]  # type: ignore[misc]
-            cells = (h // rows) * (w // columns)  # type: ignore[operator]
+            (batch, tokens, channels), grid, cell = shapes[0], *node.args[1:3]
+            cells = math.prod(complete_cells(grid, cell))  # type: ignore[arg-type]
             return 2 * batch * (tokens - cells) * cells * channels
     return 0

@@ -28,7 +28,7 @@ def image_layouts(graph: Graph) -> dict[Node, Layout]:
         if node.target is aten.conv2d.default or (node.op == "placeholder" and len(shape) == 4):
             layout = (named("", shape[0]), named("", shape[1]), named(ROWS, shape[2]), named(COLUMNS, shape[3]))
         elif node.target is aten.scaled_dot_product_attention.default and node.args[0] in layouts:
-            layout = layouts[node.args[0]][:-1] + (named("", shape[-1]),)
+            layout = (*layouts[node.args[0]][:-1], named("", shape[-1]))
         elif followed and (node.args[0] in layouts or node.target in POINTWISE or node.target is aten.cat.default):
             layout = propagate(node, layouts)
         if layout is not None and not isinstance(layout, Refusal):

@@ -61,7 +61,7 @@ def apply(surgeon: Surgeon, site: AttentionSite, grid: Grid, method: KVMethod) -
 
 
 def _timestep(surgeon: Surgeon, site: AttentionSite, alpha: LinearAlpha) -> Node:
-    inputs = {node.target: node for node in surgeon.graph.nodes if node.op == "placeholder"}
+    inputs: dict[str, Node] = {node.target: node for node in surgeon.graph.nodes if node.op == "placeholder"}
     found = next((inputs[name] for name in TIMESTEP_INPUTS if name in inputs), None)
     if found is None:
         raise RewriteError(

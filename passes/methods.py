@@ -53,7 +53,7 @@ class _Merge:
             or not all(isinstance(side, int) and side >= 1 for side in self.cell)
             or math.prod(self.cell) < 2
         ):
-            raise MethodError(f"cell={self.cell!r} must be two positive integers (rows, columns) of at least two tokens")
+            raise MethodError(f"cell={self.cell!r} must be two positive integers (rows, columns), two tokens or more")
         cap = 1 - 1 / math.prod(self.cell)
         _number("ratio", self.ratio)
         if not 0 <= self.ratio <= cap:

@@ -122,7 +122,7 @@ def _match(sdpa: Node) -> AttentionSite | Refusal:
         outside = [user for user in node.users if user not in inside]
         if outside:
             return Refusal(f"{node.name} is also read outside the attention, by {outside[0].name}", node.name)
-    layouts[sdpa] = layouts[operands["q"]][:-1] + (named("", shape_of(sdpa)[-1]),)
+    layouts[sdpa] = (*layouts[operands["q"]][:-1], named("", shape_of(sdpa)[-1]))
     output = _way_out(sdpa, layouts, shape[0], shape[1])
     if isinstance(output, Refusal):
         return output

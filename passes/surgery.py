@@ -1,4 +1,4 @@
-"""The only place where nodes are made: each gets a fake-run ``meta["val"]`` and the provenance of what it stands for."""
+"""The only place where nodes are made, each with a fake-run ``meta["val"]`` and the provenance of what it replaces."""
 
 from __future__ import annotations
 

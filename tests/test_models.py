@@ -254,7 +254,8 @@ def test_dit_has_one_level() -> None:
         bgx.optimize(model, args, kwargs, method=bgx.LaplacianMerge(levels=levels), backend="eager")(*args, **kwargs)
         for levels in (1, 2, None)
     ]
-    assert torch.equal(outputs[0].sample, outputs[1].sample) and torch.equal(outputs[0].sample, outputs[2].sample)
+    assert torch.equal(outputs[0].sample, outputs[1].sample)
+    assert torch.equal(outputs[0].sample, outputs[2].sample)
 
 
 # ------------------------------------------------------------------------------------- bfloat16

@@ -86,7 +86,8 @@ def plan_of(metric: Tensor, grid: Pair, cell: Pair, merged: int, offsets: list[i
 def assert_same_plan(plan: oracle.Plan, expected: oracle.Plan) -> None:
     """Same representative for every token, same tokens alone, same number of groups; dtypes and shapes as documented."""
     assert plan.assign.dtype == plan.rep.dtype == torch.int64
-    assert plan.assign.shape == expected.assign.shape and plan.rep.shape == expected.rep.shape
+    assert plan.assign.shape == expected.assign.shape
+    assert plan.rep.shape == expected.rep.shape
     assert plan.token_map() == expected.token_map()
     assert oracle.lone_tokens(plan.assign) == oracle.lone_tokens(expected.assign)
 
@@ -107,8 +108,10 @@ def test_laplacian_score(grid: Pair, dtype: torch.dtype) -> None:
 def test_complete_cells_and_random_positions(grid: Pair, cell: Pair) -> None:
     assert tuple(ops.complete_cells(grid, cell)) == (grid[0] // cell[0], grid[1] // cell[1])
     position = ops.random_positions(grid, cell, 3)
-    assert position.dtype == torch.int64 and position.shape == (len(oracle.cell_tokens(grid, cell)),)
-    assert 0 <= int(position.min()) and int(position.max()) < cell[0] * cell[1]
+    assert position.dtype == torch.int64
+    assert position.shape == (len(oracle.cell_tokens(grid, cell)),)
+    assert int(position.min()) >= 0
+    assert int(position.max()) < cell[0] * cell[1]
     before = torch.random.get_rng_state()
     assert torch.equal(position, ops.random_positions(grid, cell, 3))
     assert torch.equal(before, torch.random.get_rng_state()), "the draw must not move the global generator"
@@ -168,7 +171,8 @@ def test_low_precision_metric_is_scored_in_float32(grid: Pair, cell: Pair, dtype
     merged = oracle.merged_count(grid, cell, 0.7 if cell == (2, 2) else 0.85)
     plan = plan_of(metric, grid, cell, merged)
     wide = plan_of(metric.float(), grid, cell, merged)
-    assert torch.equal(plan.assign, wide.assign) and torch.equal(plan.rep, wide.rep)
+    assert torch.equal(plan.assign, wide.assign)
+    assert torch.equal(plan.rep, wide.rep)
     assert_same_plan(plan, oracle.merge_plan(metric, grid, cell, merged))
 
 
@@ -238,7 +242,8 @@ def test_merge_keeps_dtype_and_averages_in_float32(dtype: torch.dtype) -> None:
     plan = plan_of(torch.ones(1, 256, 4), (16, 16), (2, 2), 190)
     x = (3 + torch.randn(1, 256, 8)).to(dtype)
     y = BIGAIN.merge(x, plan.assign, 66)
-    assert y.dtype == dtype and BIGAIN.unmerge(y, plan.assign).dtype == dtype
+    assert y.dtype == dtype
+    assert BIGAIN.unmerge(y, plan.assign).dtype == dtype
     exact = oracle.merge(x.float(), plan)
     torch.testing.assert_close(y.float(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
     assert torch.equal(BIGAIN.unmerge(y, plan.assign), oracle.unmerge(y, plan))
@@ -298,7 +303,8 @@ def test_kv_downsample_of_strided_tokens() -> None:
 def test_linear_alpha_of_one_timestep(dtype: torch.dtype, step: int) -> None:
     for timestep in (torch.tensor(step, dtype=dtype), torch.tensor([step], dtype=dtype)):
         alpha = BIGAIN.linear_alpha(timestep, 3, 0.8, 1.2, 999.0, 0.0)
-        assert alpha.dtype == torch.float32 and alpha.shape == (3,)
+        assert alpha.dtype == torch.float32
+        assert alpha.shape == (3,)
         expected = torch.tensor(oracle.linear_alpha(timestep, 3, 0.8, 1.2, 999, 0))
         torch.testing.assert_close(alpha, expected, rtol=1e-6, atol=1e-6)
 
@@ -315,4 +321,5 @@ def test_linear_alpha_of_one_timestep(dtype: torch.dtype, step: int) -> None:
 def test_linear_alpha_of_a_timestep_a_sample(timestep: Tensor, ends: tuple[float, float, float, float]) -> None:
     alpha = BIGAIN.linear_alpha(timestep, 4, *ends)
     torch.testing.assert_close(alpha, torch.tensor(oracle.linear_alpha(timestep, 4, *ends)), rtol=1e-6, atol=1e-6)
-    assert min(ends[:2]) - 1e-6 <= float(alpha.min()) and float(alpha.max()) <= max(ends[:2]) + 1e-6
+    assert min(ends[:2]) - 1e-6 <= float(alpha.min())
+    assert float(alpha.max()) <= max(ends[:2]) + 1e-6

@@ -14,16 +14,16 @@ from bigain_fx.passes.errors import InputError
 NAMES = ("mnist-dit", "mnist-unet")
 WEIGHTS = Path(__file__).parent / "weights"
 
-DIT_CONFIG: dict[str, Any] = dict(
-    sample_size=32, in_channels=1, out_channels=1, patch_size=2, num_layers=6,
-    num_attention_heads=4, attention_head_dim=32, num_embeds_ada_norm=10,
-)  # fmt: skip
-UNET_CONFIG: dict[str, Any] = dict(
-    sample_size=32, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    cross_attention_dim=64, attention_head_dim=2, norm_num_groups=8, use_linear_projection=True,
-)  # fmt: skip
+DIT_CONFIG: dict[str, Any] = {
+    "sample_size": 32, "in_channels": 1, "out_channels": 1, "patch_size": 2, "num_layers": 6,
+    "num_attention_heads": 4, "attention_head_dim": 32, "num_embeds_ada_norm": 10,
+}  # fmt: skip
+UNET_CONFIG: dict[str, Any] = {
+    "sample_size": 32, "in_channels": 1, "out_channels": 1, "block_out_channels": (32, 64), "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 64, "attention_head_dim": 2, "norm_num_groups": 8, "use_linear_projection": True,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

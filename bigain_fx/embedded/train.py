@@ -34,6 +34,7 @@ class Objective(nn.Module):
         self.denoiser, self.model, self.tokens = denoiser, denoiser.model, denoiser.class_tokens
 
     def forward(self, noisy: Tensor, timesteps: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        """Loss, a scalar, of images ``noisy (B, 1, 32, 32)`` at ``timesteps (B,)``, with ``labels (B,)``."""
         predicted = self.model(noisy, timestep=timesteps, **self.denoiser.condition(labels)).sample
         return nn.functional.mse_loss(predicted.float(), noise)
 

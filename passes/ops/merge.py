@@ -23,7 +23,7 @@ def merge(x: Tensor, assign: Tensor, groups: int) -> Tensor:
     group, order = (assign + offset).flatten().sort(stable=True)
     starts = torch.searchsorted(group, torch.arange(batch * groups, device=x.device))
     rows = x.float().reshape(batch * tokens, channels)
-    mean = torch.ops.aten._embedding_bag(rows, order, starts, False, 1)[0]
+    mean: Tensor = torch.ops.aten._embedding_bag(rows, order, starts, False, 1)[0]
     return mean.view(batch, groups, channels).to(x.dtype)
 
 

@@ -23,7 +23,8 @@ def laplacian_score(metric: Tensor, grid: Sequence[int]) -> Tensor:
     tokens = metric.float().unflatten(1, (h, w))
     padded = F.pad(tokens, (0, 0, 1, 1, 1, 1))
     neighbours = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
-    return (neighbours - 4 * tokens).abs().sum(-1).flatten(1)
+    laplacian: Tensor = neighbours - 4 * tokens
+    return laplacian.abs().sum(-1).flatten(1)
 
 
 def complete_cells(grid: Sequence[int], cell: Sequence[int]) -> tuple[int, int]:

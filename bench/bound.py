@@ -1,0 +1,140 @@
+"""The free bound: the rewritten graph in which deciding, merging and averaging cost nothing.
+
+::
+
+    assign, rep = merge_plan(metric)           (gone)
+    merge(x, assign, M)                 ->     x[:, :M]
+    unmerge(y, assign)                         tile(y)[:, :N]
+    kv_downsample(x, alpha, (h, w), s)         x as (h, w)[s // 2 :: s, s // 2 :: s]
+
+All shapes stay as they are, so everything else costs what it costs in the method's own graph. The values mean nothing:
+a bound is for timing only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bigain_fx.capture import CallBinder, capture, flat_tensors
+from bigain_fx.passes.flops import flops
+from bigain_fx.passes.methods import KVDownsample, Methods, ToDo
+from bigain_fx.passes.pipeline import rewrite
+
+if TYPE_CHECKING:
+    from bigain_fx.models import Workload
+
+aten, bigain = torch.ops.aten, torch.ops.bigain
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound, ready to be called; ``flops`` are those of its graph, ``sites`` its rewritten attentions."""
+
+    call: Callable[[], Any]
+    flops: int
+    sites: int
+
+
+def bound_name(methods: Methods) -> str | None:
+    """Name of the bound of ``methods``, such as ``"bound:merge:0.7"``; None where they change nothing.
+
+    Methods of one name have one bound: what decides its cost is how many tokens are left and where, not which.
+    """
+    parts = []
+    for method in methods:
+        if method.idle:
+            continue
+        if isinstance(method, KVDownsample | ToDo):
+            part = f"kv:{method.factor}"
+        else:
+            part = f"merge:{method.ratio:g}" + (f":cell={method.cell[0]}x{method.cell[1]}" * (method.cell != (2, 2)))
+        parts.append(part + f":levels={method.levels or 'all'}" * (method.levels != 1))
+    return "bound:" + "+".join(parts) if parts else None
+
+
+def build(workload: Workload, methods: Methods, *, backend: str = "inductor", mode: str | None = None) -> Bound:
+    """Capture ``workload``, rewrite it with ``methods``, make that free, and compile it as ``optimize`` does.
+
+    Raises:
+        BigainError: whatever :func:`bigain_fx.optimize` raises for the same arguments.
+    """
+    arguments, _ = CallBinder(workload.model).bind(workload.args, workload.kwargs)
+    captured = capture(workload.model, arguments)
+    rewritten = rewrite(captured.module, methods)
+    module = free(rewritten.module)
+    run: Callable[..., Any] = module
+    if backend != "eager":
+        run = torch.compile(module, fullgraph=True, dynamic=False, backend=backend, mode=mode)
+    inputs = flat_tensors(arguments)
+
+    def call() -> Any:
+        with torch.no_grad():
+            return pytree.tree_unflatten(run(*inputs), captured.out_spec)
+
+    return Bound(call, flops(module.graph.nodes), sum(record.action != "kept" for record in rewritten.records))
+
+
+def free(module: GraphModule) -> GraphModule:
+    """Replace the operators of a rewritten graph, in place, by constant slices and a tile, and drop its plans.
+
+    Raises:
+        BenchError: something other than merging reads a plan, which then cannot be dropped.
+    """
+    surgeon = Surgeon(module)
+    for node in list(module.graph.nodes):
+        replace = _FREE.get(node.target)
+        if replace is not None:
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(replace(surgeon, node))
+            module.graph.erase_node(node)
+    surgeon.finish()
+    for node in module.graph.nodes:
+        if node.target is bigain.merge_plan.default:
+            readers = ", ".join(sorted(str(user) for item in node.users for user in item.users))
+            raise BenchError(f"the plan {node} is also read by {readers}: there is no free bound of this graph")
+    return module
+
+
+def _slice(surgeon: Surgeon, node: Node) -> Node:
+    """The first M tokens, contiguous as merged tokens are; inductor computes only these where ``x`` is element-wise."""
+    x, _, groups = node.args
+    first = surgeon.emit(aten.slice.Tensor, (x, 1, 0, groups), like=node)
+    return surgeon.emit(aten.contiguous.default, (first,), like=node)
+
+
+def _tile(surgeon: Surgeon, node: Node) -> Node:
+    """The M tokens over and over, up to N.
+
+    Inductor reads a repeat in place, at ``index % M``, inside the kernel of the residual add; a concatenation would be
+    written out first.
+    """
+    y, assign = node.args
+    assert isinstance(y, Node) and isinstance(assign, Node)
+    tokens, groups = shape_of(assign)[1], shape_of(y)[1]
+    tiled = surgeon.emit(aten.repeat.default, (y, [1, math.ceil(tokens / groups), 1]), like=node)
+    whole = surgeon.emit(aten.slice.Tensor, (tiled, 1, 0, tokens), like=node)
+    return surgeon.emit(aten.contiguous.default, (whole,), like=node)
+
+
+def _stride(surgeon: Surgeon, node: Node) -> Node:
+    """One token of each block, the nearest."""
+    x, _, (h, w), s = node.args  # type: ignore[misc]
+    assert isinstance(x, Node)
+    batch, tokens, channels = shape_of(x)
+    blocks = surgeon.emit(aten.reshape.default, (x, [batch, h // s, s, w // s, s, channels]), like=node)
+    columns = surgeon.emit(aten.select.int, (blocks, 4, s // 2), like=node)
+    nearest = surgeon.emit(aten.select.int, (columns, 2, s // 2), like=node)
+    return surgeon.emit(aten.reshape.default, (nearest, [batch, tokens // s**2, channels]), like=node)
+
+
+_FREE: dict[Any, Callable[[Surgeon, Node], Node]] = {
+    bigain.merge.default: _slice,
+    bigain.unmerge.default: _tile,
+    bigain.kv_downsample.default: _stride,
+    bigain.kv_downsample.Tensor: _stride,
+}

@@ -1,0 +1,221 @@
+"""What a benchmark found, as a value, as JSON-ready data, as Markdown, as two files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bigain_fx
+from bigain_fx.bench import BenchError
+from bigain_fx.bench.timing import Estimate, decibels
+
+MB = 1e6
+COLUMNS = (
+    "row", "median (ms)", "speed-up [95 %]", "efficiency", "deviation (dB)", "relative L2", "peak (MB)", "compile (s)",
+    "GFLOPs", "sites",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; what does not apply is None.
+
+    Attributes:
+        name: ``"dense eager"``, ``"dense"`` (compiled), a method as it was written, or ``"bound:..."``.
+        seconds: of each timed round, in order.
+        median_s: their median.
+        speedup: over ``"dense"``, paired within rounds.
+        bound: name of the free bound of this method.
+        efficiency: share of the bound's gain that is realized, ``(dense - row) / (dense - bound)`` of the medians; None
+            where the bound itself gains nothing for certain (its interval reaches 1).
+        relative_l2: error of the output against dense eager; 0 is identical.
+        peak_bytes: most memory allocated at once by a call, on top of weights and inputs.
+        capture_s: to capture and rewrite the graph.
+        compile_s: the first call less ``median_s``.
+        compile_cached: whether inductor found the graph in its cache, so that ``compile_s`` is no compile time.
+        flops: of the graph, for one call.
+        sites: attentions that the method changed.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+    median_s: float
+    speedup: Estimate
+    bound: str | None
+    efficiency: float | None
+    relative_l2: float | None
+    peak_bytes: int | None
+    capture_s: float | None
+    compile_s: float | None
+    compile_cached: bool | None
+    flops: int
+    sites: int
+
+    @property
+    def deviation_db(self) -> float | None:
+        """Signal to error against dense eager, in dB; None where there is no error."""
+        return decibels(self.relative_l2)
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, in the order of :data:`COLUMNS`."""
+        exact = "exact" if self.relative_l2 == 0 else "-"
+        compiled = _text(self.compile_s, ".1f") + " (cached)" * bool(self.compile_cached)
+        return (
+            self.name, f"{self.median_s * 1e3:.2f}",
+            f"{self.speedup.median:.3f} [{self.speedup.low:.3f}, {self.speedup.high:.3f}]",
+            _text(self.efficiency, ".0%"), exact if self.deviation_db is None else f"{self.deviation_db:.1f}",
+            _text(self.relative_l2, ".2e"), _text(self.peak_bytes and self.peak_bytes / MB, ".1f"), compiled,
+            f"{self.flops / 1e9:.2f}", str(self.sites),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """One benchmark: what was run, where, and its rows.
+
+    Attributes:
+        workload: name of the workload; ``model`` is the class, ``parameters`` and ``weight_bytes`` its size.
+        device: type of the device, ``dtype`` that of the weights.
+        inputs: shape of every input, by name.
+        backend, mode: as for ``torch.compile``.
+        rounds, warmup, seed: as for :func:`bigain_fx.bench.run.run`.
+        date: UTC, at the start.
+        command: what was typed, paths outside of the current folder cut to their last part.
+        machine, versions: what it ran on.
+        rows: dense eager, dense, the methods, the bounds.
+    """
+
+    workload: str
+    model: str
+    parameters: int
+    weight_bytes: int
+    device: str
+    dtype: str
+    inputs: dict[str, list[int]]
+    backend: str
+    mode: str | None
+    rounds: int
+    warmup: int
+    seed: int
+    date: str
+    command: str
+    machine: dict[str, str | int]
+    versions: dict[str, str | None]
+    rows: tuple[Row, ...]
+
+    @property
+    def stem(self) -> str:
+        """Name of the files, without suffix: workload, shape of the first input, device, dtype, and an unusual backend."""
+        shape = "x".join(map(str, next(iter(self.inputs.values()), [])))
+        parts = [self.workload, shape, self.device, self.dtype]
+        parts += [self.backend] * (self.backend != "inductor") + [self.mode or ""]
+        return "-".join(re.sub(r"[^\w.]+", "-", part) for part in parts if part)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data, for JSON."""
+        data = asdict(self)
+        rows = [asdict(row) | {"deviation_db": row.deviation_db, "seconds": list(row.seconds)} for row in self.rows]
+        return data | {"rows": rows}
+
+    def to_markdown(self) -> str:
+        """Where and how it was measured, and a table."""
+        versions = ", ".join(f"{name} {version or '-'}" for name, version in self.versions.items())
+        inputs = ", ".join(f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in self.inputs.items())
+        lines = [
+            f"# {self.workload}: {self.model}, {self.dtype}, {self.device}",
+            "",
+            f"- {self.parameters:,} parameters ({self.weight_bytes / MB:.1f} MB); inputs {inputs}",
+            f"- {', '.join(f'{name} {value}' for name, value in self.machine.items())}",
+            f"- {versions}; backend {self.backend}, mode {self.mode or 'default'}",
+            f"- {self.rounds} interleaved rounds after {self.warmup} of warm-up, seed {self.seed}; {self.date}",
+            f"- `{self.command}`",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "| --- " + "| ---: " * (len(COLUMNS) - 1) + "|",
+            *("| " + " | ".join(row.cells()) + " |" for row in self.rows),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What it runs on: the processor and its memory, and the GPU where that does the work."""
+    found: dict[str, str | int] = {"cpu": _cpu(), "threads": torch.get_num_threads(), "system": platform.system()}
+    if hasattr(os, "sysconf"):
+        found["memory_mb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MB)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"gpu": properties.name, "gpu_memory_mb": round(properties.total_memory / MB)}
+    return found
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, torch, CUDA, diffusers and this package; None for what is absent."""
+    try:
+        diffusers: str | None = importlib.metadata.version("diffusers")
+    except importlib.metadata.PackageNotFoundError:
+        diffusers = None
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "diffusers": diffusers, "bigain_fx": bigain_fx.__version__,
+    }  # fmt: skip
+
+
+def command(arguments: Iterable[str] | None = None) -> str:
+    """What was typed, by default ``sys.argv``, with absolute paths cut to their last part."""
+    cut = []
+    for argument in sys.argv if arguments is None else arguments:
+        option, equals, value = argument.rpartition("=")
+        cut.append(option + equals + (Path(value).name if Path(value).is_absolute() else value))
+    return shlex.join(cut)
+
+
+def prepare(folder: Path) -> None:
+    """Make ``folder`` and see that files can be written there.
+
+    Raises:
+        BenchError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BenchError(f"out={folder.name!r} cannot be written: {error.strerror}; name a folder that can") from error
+
+
+def write(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` all at once: a reader sees the old file or the new one.
+
+    Raises:
+        BenchError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise BenchError(f"{path.name!r} cannot be written: {error.strerror}; name another folder") from error

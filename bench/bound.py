@@ -13,17 +13,22 @@ a bound is for timing only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from bigain_fx.bench import BenchError
 from bigain_fx.capture import CallBinder, capture, flat_tensors
+from bigain_fx.passes.axes import shape_of
 from bigain_fx.passes.flops import flops
 from bigain_fx.passes.methods import KVDownsample, Methods, ToDo
 from bigain_fx.passes.pipeline import rewrite
+from bigain_fx.passes.surgery import Surgeon
 
 if TYPE_CHECKING:
     from bigain_fx.models import Workload
@@ -90,7 +95,7 @@ def free(module: GraphModule) -> GraphModule:
         replace = _FREE.get(node.target)
         if replace is not None:
             with module.graph.inserting_before(node):
-                node.replace_all_uses_with(replace(surgeon, node))
+                node.replace_all_uses_with(replace(surgeon, node, *node.args))
             module.graph.erase_node(node)
     surgeon.finish()
     for node in module.graph.nodes:
@@ -100,39 +105,34 @@ def free(module: GraphModule) -> GraphModule:
     return module
 
 
-def _slice(surgeon: Surgeon, node: Node) -> Node:
+def _slice(surgeon: Surgeon, node: Node, x: Node, assign: Node, groups: int) -> Node:
     """The first M tokens, contiguous as merged tokens are; inductor computes only these where ``x`` is element-wise."""
-    x, _, groups = node.args
     first = surgeon.emit(aten.slice.Tensor, (x, 1, 0, groups), like=node)
     return surgeon.emit(aten.contiguous.default, (first,), like=node)
 
 
-def _tile(surgeon: Surgeon, node: Node) -> Node:
+def _tile(surgeon: Surgeon, node: Node, y: Node, assign: Node) -> Node:
     """The M tokens over and over, up to N.
 
     Inductor reads a repeat in place, at ``index % M``, inside the kernel of the residual add; a concatenation would be
     written out first.
     """
-    y, assign = node.args
-    assert isinstance(y, Node) and isinstance(assign, Node)
     tokens, groups = shape_of(assign)[1], shape_of(y)[1]
     tiled = surgeon.emit(aten.repeat.default, (y, [1, math.ceil(tokens / groups), 1]), like=node)
     whole = surgeon.emit(aten.slice.Tensor, (tiled, 1, 0, tokens), like=node)
     return surgeon.emit(aten.contiguous.default, (whole,), like=node)
 
 
-def _stride(surgeon: Surgeon, node: Node) -> Node:
+def _stride(surgeon: Surgeon, node: Node, x: Node, alpha: float | Node, grid: tuple[int, int], s: int) -> Node:
     """One token of each block, the nearest."""
-    x, _, (h, w), s = node.args  # type: ignore[misc]
-    assert isinstance(x, Node)
-    batch, tokens, channels = shape_of(x)
+    (h, w), (batch, tokens, channels) = grid, shape_of(x)
     blocks = surgeon.emit(aten.reshape.default, (x, [batch, h // s, s, w // s, s, channels]), like=node)
     columns = surgeon.emit(aten.select.int, (blocks, 4, s // 2), like=node)
     nearest = surgeon.emit(aten.select.int, (columns, 2, s // 2), like=node)
     return surgeon.emit(aten.reshape.default, (nearest, [batch, tokens // s**2, channels]), like=node)
 
 
-_FREE: dict[Any, Callable[[Surgeon, Node], Node]] = {
+_FREE: dict[Any, Callable[..., Node]] = {
     bigain.merge.default: _slice,
     bigain.unmerge.default: _tile,
     bigain.kv_downsample.default: _stride,

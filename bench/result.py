@@ -116,7 +116,7 @@ class BenchResult:
 
     @property
     def stem(self) -> str:
-        """Name of the files, without suffix: workload, shape of the first input, device, dtype, and an unusual backend."""
+        """Name of the files, without suffix: workload, first input's shape, device, dtype, and backend if unusual."""
         shape = "x".join(map(str, next(iter(self.inputs.values()), [])))
         parts = [self.workload, shape, self.device, self.dtype]
         parts += [self.backend] * (self.backend != "inductor") + [self.mode or ""]

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
+from bigain_fx import optimize
 from bigain_fx.bench import BenchError, bound, result, timing
 from bigain_fx.bench.result import BenchResult, Row
 from bigain_fx.capture import CallBinder
-from bigain_fx.optimize import optimize
 from bigain_fx.passes.errors import BigainError
 from bigain_fx.passes.methods import Methods
 
@@ -143,7 +143,12 @@ def _check_arguments(workload: Workload, methods: Mapping[str, Methods], rounds:
 
 
 def _prepare_all(
-    workload: Workload, methods: Mapping[str, Methods], backend: str, mode: str | None, device: torch.device, bar: Progress
+    workload: Workload,
+    methods: Mapping[str, Methods],
+    backend: str,
+    mode: str | None,
+    device: torch.device,
+    bar: Progress,
 ) -> dict[str, _Ready]:
     """Build, compile and check every row, one after another; a bound only where its method changed something."""
     compiled = backend != "eager"
@@ -250,5 +255,7 @@ def _synchronizer(device: torch.device) -> Callable[[], None]:
 def _shapes(arguments: Mapping[str, Any]) -> dict[str, list[int]]:
     leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
     return {
-        ".".join(re.findall(r"\w+", pytree.keystr(path))): list(leaf.shape) for path, leaf in leaves if isinstance(leaf, Tensor)
+        ".".join(re.findall(r"\w+", pytree.keystr(path))): list(leaf.shape)
+        for path, leaf in leaves
+        if isinstance(leaf, Tensor)
     }

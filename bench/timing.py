@@ -95,7 +95,9 @@ def check_finite(name: str, output: Any) -> None:
     bad = sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors)
     if bad:
         total = sum(tensor.numel() for tensor in tensors)
-        raise BenchError(f"row {name!r}: {bad} of {total} output values are nan or infinite; try another dtype or weights")
+        raise BenchError(
+            f"row {name!r}: {bad} of {total} output values are nan or infinite; try another dtype or weights"
+        )
 
 
 def relative_error(reference: Sequence[Tensor], output: Sequence[Tensor]) -> float | None:
@@ -136,6 +138,6 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         return None
     with profile(profile_memory=True) as record:
         call()
-    events = record.kineto_results.events()  # type: ignore[union-attr]
+    events = record.kineto_results.events()
     changes = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: int(event.start_ns()))
     return max(itertools.accumulate((int(event.nbytes()) for event in changes), initial=0))

@@ -12,7 +12,7 @@ from types import ModuleType
 from torch.fx import Graph, GraphModule
 
 from bigain_fx.passes import kv, merge
-from bigain_fx.passes.axes import Refusal, aten, shape_of
+from bigain_fx.passes.axes import Refusal, shape_of
 from bigain_fx.passes.flops import flops
 from bigain_fx.passes.grid import Grid, check_hint, grid_from_hint, grid_of, image_layouts
 from bigain_fx.passes.methods import KV, MERGE, Method, Methods
@@ -70,7 +70,8 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
         RewriteError: an alpha schedule without a timestep input.
     """
     result = GraphModule(module, copy.deepcopy(module.graph))
-    _drop_assertions(result.graph)
+    surgeon = Surgeon(result)
+    surgeon.clean()
     found = find_sites(result.graph)
     layouts = image_layouts(result.graph)
     sites = [site for _, site in found if isinstance(site, AttentionSite)]
@@ -84,7 +85,6 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
 
     attentions = [node for node in result.graph.nodes if node.target is SDPA]
     before, flops_before = _module_flops(result.graph), flops(result.graph.nodes)
-    surgeon = Surgeon(result)
     outcomes: list[tuple[str, str, int]] = []
     for (_, site), sdpa in zip(found, attentions, strict=True):
         tokens = shape_of(sdpa)[-2]
@@ -122,13 +122,6 @@ def _rewrite_site(
         tokens = REWRITES[kind].tokens_after(site, grid, method)
         site = REWRITES[kind].apply(surgeon, site, grid, method)
     return "+".join(sorted(chosen, reverse=True)) or "kept", "; ".join(dict.fromkeys(reasons)), tokens
-
-
-def _drop_assertions(graph: Graph) -> None:
-    """Erase the metadata checks that export leaves at casts: they would keep replaced tensors alive."""
-    for node in graph.nodes:
-        if node.target is aten._assert_tensor_metadata.default:
-            graph.erase_node(node)
 
 
 def _out_of_level(method: Method, level: int) -> str | None:

@@ -69,9 +69,16 @@ class Surgeon:
             known[node] = self.emit(node.target, args, node, kwargs)
         return known
 
-    def finish(self) -> GraphModule:
-        """Drop what nobody reads, check the graph, and generate its code."""
+    def clean(self) -> None:
+        """Drop what nobody reads, and the metadata checks that export leaves at casts: they keep tensors alive."""
+        for node in self.graph.nodes:
+            if node.target is aten._assert_tensor_metadata.default:
+                self.graph.erase_node(node)
         self.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target not in _DROPPABLE)
+
+    def finish(self) -> GraphModule:
+        """Clean up, check the graph, and generate its code."""
+        self.clean()
         self.graph.lint()
         self.module.recompile()
         return self.module

@@ -1,4 +1,4 @@
-"""The operators put into eager diffusers models by attention processors, with the loops of `oracle` and no package code.
+"""The operators put into eager diffusers models by attention processors, by the loops of `oracle`.
 
 `apply` copies a model, finds its image self-attentions by running it once, and gives those on the finest grids a
 processor that merges tokens, downsamples keys and values, or both. The metric follows BiGain (arXiv 2603.12240), see
@@ -138,6 +138,11 @@ def self_attentions(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     return grids
 
 
+def action(merge: Merge | None, downsample: Downsample | None) -> str:
+    """``"merge"``, ``"kv"``, ``"merge+kv"`` or ``"kept"``."""
+    return "+".join(kind for kind, part in (("merge", merge), ("kv", downsample)) if part is not None) or "kept"
+
+
 def apply(
     model: nn.Module,
     args: Sequence[Any],
@@ -146,9 +151,9 @@ def apply(
     merge: Merge | None = None,
     downsample: Downsample | None = None,
 ) -> tuple[nn.Module, dict[str, str]]:
-    """A copy of ``model`` with the operators in its self-attentions, and what was done to each, by module name.
+    """A copy of ``model`` with the operators in its self-attentions, and the `action` of each, by module name.
 
-    The actions are ``"merge"``, ``"kv"``, ``"merge+kv"`` and ``"kept"``; cross-attentions are not listed.
+    A grid that the factor does not divide counts as a level and keeps its keys; cross-attentions are not listed.
     """
     model = copy.deepcopy(model)
     found = self_attentions(model, args, kwargs)
@@ -170,11 +175,11 @@ def apply(
         assert isinstance(attention, Attention)
         if isinstance(norm, nn.LayerNorm):
             norm.register_forward_pre_hook(see_residual(name))
-        here = (
-            merge if merge is not None and grid in grids[: merge.levels] else None,
-            downsample if downsample is not None and grid in grids[: downsample.levels] else None,
-        )
-        attention.set_processor(Processor(name, grid, recorder, *here))  # type: ignore[arg-type]
-        done = [kind for kind, method in zip(("merge", "kv"), here, strict=True) if method is not None]
-        actions[name] = "+".join(done) or "kept"
+        merging = merge if merge is not None and grid in grids[: merge.levels] else None
+        sampling = downsample if downsample is not None and grid in grids[: downsample.levels] else None
+        if sampling is not None and (grid[0] % sampling.factor or grid[1] % sampling.factor):
+            sampling = None
+        processor: Any = Processor(name, grid, recorder, merging, sampling)
+        attention.set_processor(processor)
+        actions[name] = action(merging, sampling)
     return model, actions

@@ -84,7 +84,7 @@ def plan_of(metric: Tensor, grid: Pair, cell: Pair, merged: int, offsets: list[i
 
 
 def assert_same_plan(plan: oracle.Plan, expected: oracle.Plan) -> None:
-    """Same representative for every token, same tokens alone, same number of groups; dtypes and shapes as documented."""
+    """Same representative for every token, same tokens alone, same number of groups, int64."""
     assert plan.assign.dtype == plan.rep.dtype == torch.int64
     assert plan.assign.shape == expected.assign.shape
     assert plan.rep.shape == expected.rep.shape

@@ -188,26 +188,24 @@ def _prepare(
     name: str, build: Callable[[], _Built], reference: Sequence[Tensor], device: torch.device, backend: str
 ) -> _Ready:
     """Build one row, make its first call (which compiles it), and measure what needs no repetition."""
-    start = time.perf_counter()
-    built = build()
-    capture_s = time.perf_counter() - start
     hits = _cache_hits()
     start = time.perf_counter()
     try:
+        built = build()
+        captured = time.perf_counter()
         output = built.call()
+        _synchronizer(device)()
     except BigainError:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        advice = "try --backend eager" if built.compiled else "try other inputs"
-        raise BenchError(f"row {name!r} fails with backend={backend!r}: {reason[:300]}; {advice}") from error
-    _synchronizer(device)()
-    first_s = time.perf_counter() - start
+        raise BenchError(f"row {name!r} fails with backend={backend!r}: {reason[:300]}; try backend 'eager'") from error
+    first_s = time.perf_counter() - captured
     timing.check_finite(name, output)
     relative = timing.relative_error(reference, timing.tensors_of(output))
     del output
     peak = timing.peak_bytes(built.call, device)
-    return _Ready(built, relative, peak, capture_s, first_s, _cache_hits() > hits)
+    return _Ready(built, relative, peak, captured - start, first_s, _cache_hits() > hits)
 
 
 def _rows(

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bigain_fx.optimize import OptimizedDenoiser, inspect, optimize
+    from bigain_fx.denoiser import OptimizedDenoiser, inspect, optimize
     from bigain_fx.passes.errors import BigainError, CaptureError, GridError, InputError, MethodError, RewriteError
     from bigain_fx.passes.methods import KVDownsample, LaplacianMerge, LinearAlpha, ToDo, ToMe
     from bigain_fx.report import Report
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "bigain_fx.optimize": ("OptimizedDenoiser", "inspect", "optimize"),
+    "bigain_fx.denoiser": ("OptimizedDenoiser", "inspect", "optimize"),
     "bigain_fx.passes.errors": (
         "BigainError", "CaptureError", "GridError", "InputError", "MethodError", "RewriteError",
     ),

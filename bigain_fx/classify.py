@@ -91,25 +91,22 @@ def classify(
         raise InputError(f"prediction_type={prediction!r} of the scheduler must be 'epsilon' or 'v_prediction'")
     of_image = pairs * bundle.num_classes
     total = len(images) * of_image
-    errors = torch.zeros(total, dtype=torch.float64)
+    errors = torch.zeros(len(images) * bundle.num_classes, dtype=torch.float64)
     drawn: dict[int, tuple[Tensor, Tensor]] = {}
     for start in range(0, total, batch):
         items = torch.arange(start, min(start + batch, total))
         image, pair, label = items // of_image, items // bundle.num_classes % pairs, items % bundle.num_classes
-        reached = image.unique().tolist()
-        drawn = {i: drawn[i] if i in drawn else draw_pairs(bundle, pairs, seed, i) for i in reached}
         chosen = list(zip(image.tolist(), pair.tolist(), strict=True))
+        drawn = {i: drawn[i] if i in drawn else draw_pairs(bundle, pairs, seed, i) for i in {i for i, _ in chosen}}
         timesteps = torch.stack([drawn[i][0][p] for i, p in chosen]).to(images.device)
         noise = torch.stack([drawn[i][1][p] for i, p in chosen]).to(images)
         clean = images[image.to(images.device)]
         noisy = bundle.scheduler.add_noise(clean, noise, timesteps)
         target = _target(bundle.scheduler, prediction, clean, noise, timesteps)
-        output = predict(
-            denoiser, bundle, noisy, timesteps, label.to(images.device), batch=batch, progress=progress
-        )
-        errors[items] = (output.float() - target.float()).square().flatten(1).mean(1).double().cpu()
-    per_class = errors.view(len(images), pairs, bundle.num_classes).mean(1)
-    return Classification(per_class, math.ceil(total / batch))
+        output = predict(denoiser, bundle, noisy, timesteps, label.to(images.device), batch=batch, progress=progress)
+        squared = (output.float() - target.float()).square().flatten(1).mean(1).double().cpu()
+        errors.index_add_(0, image * bundle.num_classes + label, squared / pairs)
+    return Classification(errors.view(len(images), bundle.num_classes), math.ceil(total / batch))
 
 
 def _target(scheduler: Any, prediction: str, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

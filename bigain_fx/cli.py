@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from bigain_fx.passes.errors import BigainError
 
@@ -58,6 +56,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Show every attention of MODEL, what each method would do to it, and its FLOPs. Needs no weights and no memory."""
+    from rich.console import Console
+    from rich.table import Table
+
     import bigain_fx as bgx
     from bigain_fx.models import load
     from bigain_fx.passes.methods import parse_list
@@ -116,7 +117,7 @@ def main() -> None:
     try:
         app()
     except BigainError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
 
 

@@ -108,4 +108,4 @@ def sample(
             conditional, unconditional = output.chunk(2)
             output = unconditional + guidance * (conditional - unconditional)
         x = scheduler.step(output, t, x).prev_sample
-    return x.clamp(-1, 1)
+    return torch.clamp(x, -1, 1)

@@ -185,8 +185,10 @@ def test_processors_without_a_method_change_nothing() -> None:
 # ------------------------------------------------------------------------------------- U-Net
 
 
-@pytest.mark.parametrize("name", list(cases(1)))
-@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "levels"),
+    [(name, 1) for name in cases(1)] + [(name, 2) for name in ("merge", "tome", "kv", "todo", "kv-linear", "both")],
+)
 def test_unet(name: str, levels: int) -> None:
     case = cases(levels)[name]
     size = (16, 16) if levels == 1 else (16, 24)
@@ -335,11 +337,10 @@ def captured() -> list[tuple[Any, Any, dict[str, Any], Tensor]]:
     "method",
     [
         bgx.LaplacianMerge(ratio=0.0, levels=None),
-        bgx.ToMe(ratio=0.0),
         bgx.KVDownsample(factor=3, levels=None),
         bgx.LaplacianMerge(0.5, cell=(32, 32), levels=None),
     ],
-    ids=["ratio-0", "tome-0", "factor-3", "large-cell"],
+    ids=["ratio-0", "factor-3", "large-cell"],
 )
 @torch.no_grad()
 def test_nothing_to_do_is_the_captured_graph(method: Any, captured: list[Any]) -> None:

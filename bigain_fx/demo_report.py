@@ -1,0 +1,231 @@
+"""What ``bigain-fx demo`` measured, as one JSON-ready summary; the tables, the text and the chart are read from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bigain_fx.classify import wilson
+
+if TYPE_CHECKING:
+    from bigain_fx.demo import Variant
+
+COLUMNS = (
+    "method", "GFLOPs a call", "ms a call", "speedup", "correct", "accuracy, 95 % interval", "same answer as dense",
+    "output deviation", "images, PSNR", "compile",
+)  # fmt: skip
+NO_GAIN = (
+    "At this size it is no gain in time: the model is too small, its attention too cheap, for what compression costs."
+)
+ELSEWHERE = (
+    "Time is won where self-attention is the cost, at high resolution. `bigain-fx bench sd2` measures that, "
+    "on the U-Net of Stable Diffusion 2.0 with random weights."
+)
+
+
+def summarize(
+    measured: Mapping[str, Sequence[Variant]], labels: Tensor, settings: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """The content of ``report.json``. Every list begins with dense; ``labels (n,)`` are the truth."""
+    models = []
+    for name, variants in measured.items():
+        rows = [_variant(variant, variants[0], labels) for variant in variants]
+        models.append({"name": name, "variants": rows})
+    return {
+        "machine": machine(), "settings": dict(settings), "seconds": seconds, "labels": labels.tolist(),
+        "models": models,
+    }  # fmt: skip
+
+
+def _variant(variant: Variant, dense: Variant, labels: Tensor) -> dict[str, Any]:
+    predicted = variant.classification.predicted
+    correct, total = int((predicted == labels).sum()), len(labels)
+    ratios = [base / own for base, own in zip(dense.call_seconds, variant.call_seconds, strict=True)]
+    return {
+        "method": variant.method,
+        "gflops": variant.report.flops_after / 1e9,
+        "milliseconds_per_call": 1e3 * statistics.median(variant.call_seconds),
+        "speedup": statistics.median(ratios),
+        "speedup_quartiles": [float(q) for q in torch.tensor(ratios).quantile(torch.tensor([0.25, 0.75]))],
+        "correct": correct,
+        "accuracy": correct / total,
+        "accuracy_interval": list(wilson(correct, total)),
+        "same_as_dense": int((predicted == dense.classification.predicted).sum()),
+        "output_db": decibels(dense.output, variant.output, float(dense.output.square().mean())),
+        "images_db": decibels(dense.generated, variant.generated, 4.0),
+        "compile_seconds": variant.compile_seconds,
+        "call_seconds": list(variant.call_seconds),
+        "predicted": predicted.tolist(),
+        "sites": variant.report.to_dict(),
+        "sites_markdown": variant.report.to_markdown(),
+    }
+
+
+def decibels(reference: Tensor, tensor: Tensor, power: float) -> float | None:
+    """``10 log10(power / mean squared difference)``; None where there is no difference."""
+    error = float((reference - tensor).square().mean())
+    return 10 * math.log10(power / error) if error else None
+
+
+def machine() -> dict[str, Any]:
+    """What the times depend on: processor, threads, system, versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
+        if cpuinfo.exists() else []  # fmt: skip
+    return {
+        "processor": names[0].strip() if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+    }
+
+
+def cells(row: Mapping[str, Any], total: int) -> list[str]:
+    """One variant as text, in the order of :data:`COLUMNS`."""
+    low, high = row["speedup_quartiles"]
+    least, most = row["accuracy_interval"]
+    dense = row["method"] == "dense"
+    return [
+        row["method"],
+        f"{row['gflops']:.2f}",
+        f"{row['milliseconds_per_call']:.0f}",
+        "1" if dense else f"{row['speedup']:.2f}x ({low:.2f} to {high:.2f})",
+        f"{row['correct']} of {total}",
+        f"{row['accuracy']:.0%} ({least:.0%} to {most:.0%})",
+        "-" if dense else f"{row['same_as_dense']} of {total}",
+        "-" if row["output_db"] is None else f"{row['output_db']:.1f} dB",
+        "-" if row["images_db"] is None else f"{row['images_db']:.1f} dB",
+        f"{row['compile_seconds']:.0f} s",
+    ]
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """One sentence on the time of a compressed variant, from the quartiles of its speedup."""
+    low, high = row["speedup_quartiles"]
+    gain = f"`{row['method']}` takes {1 / row['speedup']:.2f} times the time of dense"
+    if low > 1:
+        return f"{gain}: {row['speedup']:.2f}x faster."
+    return f"{gain}{', no clear difference' if high >= 1 else ''}. {NO_GAIN}"
+
+
+def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    """``report.md``; ``pictures`` are file names by model name, and ``"chart"``."""
+    settings, total = summary["settings"], len(summary["labels"])
+    here = ", ".join(f"{key} {value}" for key, value in summary["machine"].items())
+    lines = [
+        "# bigain-fx demo", "",
+        "Embedded denoisers of 32x32 digits, dense and with compressed self-attention, backend "
+        f"`{settings['backend']}`. {settings['rows']} rows of the ten digits are generated from the same noise "
+        f"({settings['steps']} DDIM steps, guidance {settings['guidance']:g}); {total} held-out digits are classified by "
+        f"denoising error ({settings['pairs']} pairs of timestep and noise each, the same for all classes and methods). "
+        f"Seed {settings['seed']}; {summary['seconds']:.0f} s in all.", "",
+        f"Machine: {here}.", "",
+        f"![accuracy and time]({pictures['chart']})", "",
+    ]  # fmt: skip
+    for model in summary["models"]:
+        variants = model["variants"]
+        lines += [f"## {model['name']}", "", _table(variants, total), ""]
+        lines += [f"- {verdict(row)}" for row in variants[1:]]
+        lines += ["", f"![digits generated by {model['name']}]({pictures[model['name']]})", ""]
+    if any(row["speedup_quartiles"][0] <= 1 for model in summary["models"] for row in model["variants"][1:]):
+        lines += [ELSEWHERE, ""]
+    lines += [
+        "## How to read it", "",
+        f"- ms a call: median of {settings['rounds']} calls of {settings['batch']} images, the variants taking turns. "
+        "Speedup: median of the ratios to the dense call of the same round, with their quartiles.",
+        f"- Accuracy: with {total} digits the Wilson interval is wide; a difference within it is no evidence.",
+        "- Output deviation: signal to noise of one call against dense, in dB; more is closer. PSNR: of the generated "
+        "images, against those of dense.",
+        "- `bigain-td` has one constant alpha here, so that one graph generates and classifies; for generation alone "
+        "the paper ramps it from 0.8 to 1.2 (`bigain-td:2:0.8..1.2`).", "",
+        "## What was done to each attention", "",
+    ]  # fmt: skip
+    for model in summary["models"]:
+        for row in model["variants"]:
+            lines += [f"### {model['name']}, {row['method']}", "", row["sites_markdown"]]
+    return "\n".join(lines)
+
+
+def _table(variants: Sequence[Mapping[str, Any]], total: int) -> str:
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(cells(row, total) for row in variants)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def write(folder: Path, summary: dict[str, Any], generated: Mapping[str, Sequence[Tensor]]) -> None:
+    """Write the report and its pictures; ``generated`` holds, per model, each variant's ``(10 * rows, 1, H, W)``."""
+    pictures = {name: f"{name}-digits.png" for name in generated} | {"chart": "accuracy-and-time.png"}
+    for model in summary["models"]:
+        name, methods = model["name"], [row["method"] for row in model["variants"]]
+        digits_figure(name, methods, generated[name]).savefig(folder / pictures[name], dpi=130)
+    chart(summary).savefig(folder / pictures["chart"], dpi=130)
+    (folder / "report.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / "report.md").write_text(markdown(summary, pictures))
+
+
+def digits_figure(name: str, methods: Sequence[str], generated: Sequence[Tensor]) -> Figure:
+    """The generated digits, one panel a method; the same place in each panel started from the same noise."""
+    rows = len(generated[0]) // 10
+    figure = Figure(figsize=(9, 0.35 + len(methods) * (0.35 + 0.85 * rows)), layout="constrained")
+    figure.suptitle(f"{name}: the same noise, each method")
+    axes = figure.subplots(len(methods), 1, squeeze=False)[:, 0]
+    for axis, method, images in zip(axes, methods, generated, strict=True):
+        grid = images[:, 0].unflatten(0, (rows, 10)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        axis.imshow(grid.float().numpy(), cmap="gray", vmin=-1, vmax=1)
+        axis.set_title(method, loc="left", fontsize=10)
+        axis.set_axis_off()
+    return figure
+
+
+def chart(summary: Mapping[str, Any]) -> Figure:
+    """Accuracy (with its interval) and time a call of every variant, grouped by model."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    accuracy, duration = figure.subplots(1, 2)
+    models = summary["models"]
+    methods = [row["method"] for row in models[0]["variants"]]
+    width = 0.8 / len(methods)
+    for index, method in enumerate(methods):
+        rows = [model["variants"][index] for model in models]
+        places = [place + (index - (len(methods) - 1) / 2) * width for place in range(len(models))]
+        shares = [100 * row["accuracy"] for row in rows]
+        below = [100 * (row["accuracy"] - row["accuracy_interval"][0]) for row in rows]
+        above = [100 * (row["accuracy_interval"][1] - row["accuracy"]) for row in rows]
+        accuracy.bar(places, shares, width, yerr=[below, above], capsize=3, label=method)
+        bars = duration.bar(places, [row["milliseconds_per_call"] for row in rows], width, label=method)
+        duration.bar_label(bars, fmt="%.0f", fontsize=8)
+    accuracy.set(title=f"accuracy, %, {len(summary['labels'])} digits, 95 % interval", ylim=(0, 100))
+    duration.set(title=f"ms for a call of {summary['settings']['batch']} images")
+    for axis in (accuracy, duration):
+        axis.set_xticks(range(len(models)), [model["name"] for model in models])
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*duration.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
+    return figure
+
+
+def show(console: Console, summary: Mapping[str, Any]) -> None:
+    """Print the tables and what they say of time."""
+    total = len(summary["labels"])
+    for model in summary["models"]:
+        table = Table(*COLUMNS, title=model["name"])
+        for row in model["variants"]:
+            table.add_row(*cells(row, total))
+        console.print(table)
+        for row in model["variants"][1:]:
+            console.print(verdict(row), markup=False)
+    if any(row["speedup_quartiles"][0] <= 1 for model in summary["models"] for row in model["variants"][1:]):
+        console.print(ELSEWHERE, markup=False)

@@ -1,0 +1,85 @@
+"""Methods refuse what cannot be, when they are made; the grammar reads what it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import bigain_fx as bgx
+from bigain_fx.passes.methods import Method, normalize, parse, parse_list
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: bgx.LaplacianMerge(0.76), r"ratio=0.76 must be between 0 and 0.75 for cell=\(2, 2\)"),
+        (lambda: bgx.LaplacianMerge(-0.1), "ratio=-0.1 must be between 0 and 0.75"),
+        (lambda: bgx.LaplacianMerge(float("nan")), "ratio=nan must be a finite number"),
+        (lambda: bgx.LaplacianMerge("0.5"), "ratio='0.5' must be a finite number"),
+        (lambda: bgx.LaplacianMerge(0.5, cell=(1, 1)), r"cell=\(1, 1\) must be two positive integers"),
+        (lambda: bgx.LaplacianMerge(0.5, cell=(2, 0)), r"cell=\(2, 0\) must be two positive integers"),
+        (lambda: bgx.LaplacianMerge(0.5, cell=2), "cell=2 must be two positive integers"),
+        (lambda: bgx.LaplacianMerge(0.5, levels=0), "levels=0 must be a positive integer, or None"),
+        (lambda: bgx.ToMe(0.5, destination="centre"), "destination='centre' must be 'random' or 'top-left'"),
+        (lambda: bgx.ToMe(0.5, seed=1.5), "seed=1.5 must be an integer"),
+        (lambda: bgx.ToMe(0.9), "ratio=0.9 must be between 0 and 0.75"),
+        (lambda: bgx.KVDownsample(1), "factor=1 must be an integer of at least 2"),
+        (lambda: bgx.KVDownsample(2.0), "factor=2.0 must be an integer"),
+        (lambda: bgx.KVDownsample(2, float("inf")), "alpha=inf must be a finite number"),
+        (lambda: bgx.KVDownsample(2, levels=True), "levels=True must be a positive integer"),
+        (lambda: bgx.LinearAlpha(noisy=float("nan")), "noisy=nan must be a finite number"),
+        (lambda: bgx.LinearAlpha(t_noisy=5, t_clean=5), "t_noisy=5 equals t_clean"),
+        (lambda: bgx.ToDo(0), "factor=0 must be an integer of at least 2"),
+        (lambda: normalize("bigain-tm:0.7"), "must be a LaplacianMerge"),
+        (lambda: normalize([bgx.ToMe(), bgx.LaplacianMerge()]), "has 2 of kind 'merge'"),
+        (lambda: normalize([bgx.ToDo(), bgx.KVDownsample()]), "has 2 of kind 'kv'"),
+        (lambda: parse("bigain-tm"), "'bigain-tm' is not a method"),
+        (lambda: parse("tomesd:0.5"), "'tomesd:0.5' is not a method; write dense"),
+        (lambda: parse("tome:lots"), "'tome:lots' holds no valid number"),
+        (lambda: parse("todo:2.5"), "'todo:2.5' holds no valid number"),
+        (lambda: parse("tome:0.9"), "ratio=0.9 must be between"),
+        (lambda: parse("tome:0.5+bigain-tm:0.5"), "has 2 of kind 'merge'"),
+        (lambda: parse_list("dense,,"), "'' is not a method"),
+    ],
+)
+def test_bad_values_are_one_line_errors(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(bgx.MethodError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("text", "methods"),
+    [
+        ("dense", ()),
+        ("tome:0.7", (bgx.ToMe(0.7),)),
+        ("bigain-tm:0.5", (bgx.LaplacianMerge(0.5),)),
+        ("todo:4", (bgx.ToDo(4),)),
+        ("bigain-td:2", (bgx.KVDownsample(2),)),
+        ("bigain-td:2:-0.25", (bgx.KVDownsample(2, -0.25),)),
+        ("bigain-td:2:0.8..1.2", (bgx.KVDownsample(2, bgx.LinearAlpha()),)),
+        ("bigain-tm:0.7 + bigain-td:2", (bgx.KVDownsample(2), bgx.LaplacianMerge(0.7))),
+    ],
+)
+def test_the_grammar(text: str, methods: tuple[Method, ...]) -> None:
+    assert parse(text) == methods
+    if methods:
+        assert parse("+".join(map(str, methods))) == methods
+
+
+def test_a_list_keeps_its_order_and_its_words() -> None:
+    assert list(parse_list("dense, bigain-td:2,tome:0.7")) == ["dense", "bigain-td:2", "tome:0.7"]
+
+
+def test_methods_are_values() -> None:
+    made = {bgx.LaplacianMerge(), bgx.LaplacianMerge(0.7, (2, 2), 1), bgx.ToMe(), bgx.KVDownsample(), bgx.ToDo()}
+    assert len(made) == 4
+    with pytest.raises(AttributeError):
+        bgx.ToMe().ratio = 0.1  # type: ignore[misc]
+
+
+def test_the_cap_of_a_cell_is_allowed() -> None:
+    assert bgx.LaplacianMerge(0.875, cell=(2, 4)).ratio == 0.875

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from enum import StrEnum
@@ -93,6 +94,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="folder for the JSON and the Markdown")] = Path("bigain-bench"),
 ) -> None:
     """Time dense against compressed, compiled, side by side, with the free bound of each kind."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's chatter would break the progress bar
     import torch
 
     from bigain_fx.bench.run import run

@@ -48,7 +48,7 @@ class Budget:
     models: tuple[str, ...] = embedded.NAMES
     batch: int = 20
     rows: int = 2
-    steps: int = 15
+    steps: int = 12
     guidance: float = 2.0
     images: int = 40
     pairs: int = 4
@@ -56,7 +56,7 @@ class Budget:
 
 
 FULL = Budget()
-QUICK = Budget(models=("mnist-dit",), rows=1, images=20, rounds=7)
+QUICK = Budget(models=("mnist-dit",), rows=1, images=30)
 
 
 @dataclass(frozen=True, eq=False)

@@ -132,9 +132,9 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         "# bigain-fx demo", "",
         "Embedded denoisers of 32x32 digits, dense and with compressed self-attention, backend "
         f"`{settings['backend']}`. {settings['rows']} rows of the ten digits are generated from the same noise "
-        f"({settings['steps']} DDIM steps, guidance {settings['guidance']:g}); {total} held-out digits are classified by "
-        f"denoising error ({settings['pairs']} pairs of timestep and noise each, the same for all classes and methods). "
-        f"Seed {settings['seed']}; {summary['seconds']:.0f} s in all.", "",
+        f"({settings['steps']} DDIM steps, guidance {settings['guidance']:g}); {total} held-out digits are classified "
+        f"by denoising error ({settings['pairs']} pairs of timestep and noise each, the same for all classes and "
+        f"methods). Seed {settings['seed']}; {summary['seconds']:.0f} s in all.", "",
         f"Machine: {here}.", "",
         f"![accuracy and time]({pictures['chart']})", "",
     ]  # fmt: skip

@@ -410,7 +410,7 @@ def test_run_refuses_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch
             run(dit_workload(), {}, out=out, backend="eager", progress=False)
 
 
-def test_write_replaces_the_old_file_or_leaves_it(tmp_path: Path) -> None:
+def test_write_replaces_the_old_file_or_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     result.write(path, "old")
     result.write(path, "new")
@@ -420,6 +420,14 @@ def test_write_replaces_the_old_file_or_leaves_it(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(BenchError, match="cannot be written"):
         result.write(tmp_path / "folder", "x")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(BenchError, match=r"'a.json' cannot be written: No space left"):
+        result.write(path, "half")
+    assert path.read_text() == "new"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.json", "folder"]
 
 

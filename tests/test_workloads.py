@@ -1,0 +1,90 @@
+"""Denoisers by name: the published configurations have the attentions that were counted by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bigain_fx as bgx
+from bigain_fx.models import load
+from tests.test_optimize import dit, unet
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "parameters", "attentions", "rewritten", "grid"),
+    [
+        # 16 transformer blocks; five of them at full resolution: two on the way down, three on the way up.
+        ("sd2", None, 865_910_724, 32, 5, (64, 64)),
+        # 70 transformer blocks; at half resolution two in each of two stages down, two in each of three up.
+        pytest.param("sdxl", None, 2_567_463_684, 140, 10, (64, 64), marks=pytest.mark.slow),
+        ("dit-xl-2", 64, None, 28, 28, (32, 32)),
+        ("pixart", None, 610_856_096, 56, 28, (64, 64)),
+    ],
+)
+def test_known_configurations(
+    name: str, size: int | None, parameters: int | None, attentions: int, rewritten: int, grid: tuple[int, int]
+) -> None:
+    workload = load(name, size=size, batch=1, device="meta")
+    if parameters:
+        assert sum(p.numel() for p in workload.model.parameters()) == parameters
+    report = bgx.inspect(workload.model, workload.args, workload.kwargs, method=bgx.LaplacianMerge(0.7))
+    assert len(report.sites) == attentions
+    assert len(report.rewritten) == rewritten
+    assert {site.grid for site in report.rewritten} == {grid}
+    assert {site.tokens - site.tokens_after for site in report.rewritten} == {int(0.7 * grid[0] * grid[1])}
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_a_folder(tmp_path: Path, pipeline: bool) -> None:
+    model = unet()
+    model.save_pretrained(tmp_path / "unet" if pipeline else tmp_path)
+    workload = load(str(tmp_path), size=16, batch=3, dtype=torch.bfloat16)
+    assert {p.dtype for p in workload.model.parameters()} == {torch.bfloat16}
+    assert workload.kwargs["sample"].shape == (3, 4, 16, 16)
+    report = bgx.inspect(workload.model, workload.args, workload.kwargs, method=bgx.ToDo())
+    assert len(report.rewritten) == 3
+
+
+def broken(folder: Path, text: str) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: load("sd9"), "model='sd9' is neither a folder nor one of mnist-dit"),
+        (lambda p: load("sd2", size=0, device="meta"), "size=0 must be a positive even number"),
+        (lambda p: load("sd2", size=63, device="meta"), "size=63 must be a positive even number"),
+        (lambda p: load("sd2", batch=0, device="meta"), "batch=0 must be at least 1"),
+        (lambda p: load(str(p)), "holds no config.json"),
+        (lambda p: load(broken(p / "a", "{")), "cannot be loaded: "),
+        (lambda p: load(broken(p / "b", "{}")), "cannot be loaded: '_class_name'"),
+        (lambda p: load(broken(p / "c", json.dumps({"_class_name": "Nope"}))), "class 'Nope' is not in diffusers"),
+        (lambda p: load(broken(p / "d", json.dumps({"_class_name": "UNet2DConditionModel"}))), "cannot be loaded: "),
+    ],
+)  # fmt: skip
+def test_bad_names_are_one_line_errors(tmp_path: Path, make: Any, message: str) -> None:
+    with pytest.raises(bgx.InputError, match=message) as caught:
+        make(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_without_known_inputs(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    UNet2DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+                norm_num_groups=4).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(bgx.InputError, match="UNet2DModel has no known example inputs"):
+        load(str(tmp_path))
+
+
+def test_a_saved_dit_refuses_another_size(tmp_path: Path) -> None:
+    dit().save_pretrained(tmp_path)
+    with pytest.raises(bgx.InputError, match="has positions for 16 only"):
+        load(str(tmp_path), size=32)

@@ -74,7 +74,7 @@ def test_import_is_lazy() -> None:
 
 
 def test_passes_need_torch_alone() -> None:
-    blocked = ("diffusers", "onnx", "onnxruntime", "onnxscript", "rich", "typer", "matplotlib", "mlxtend", "safetensors")
+    blocked = ("diffusers", "onnx", "onnxruntime", "onnxscript", "rich", "typer", "matplotlib", "mlxtend")
     code = f"import sys\nfor n in {blocked!r}: sys.modules[n] = None\n"
     assert python(code + "import bigain_fx.passes.pipeline as p; print(p.REWRITES.keys())").strip()
 

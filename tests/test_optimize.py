@@ -197,7 +197,7 @@ SCHEDULE = bgx.KVDownsample(2, bgx.LinearAlpha())
         (lambda: bgx.optimize(toys.Separate().eval(), (toys.image(),), method=SCHEDULE), bgx.RewriteError,
          r"none of the model's inputs \['image'\] is called timestep"),
         (lambda: fast_unet()(SAMPLE.double(), 1, TEXT), bgx.InputError, r"\['sample'\] has dtype torch.float64"),
-        (lambda: fast_unet()(SAMPLE.to("meta"), 1, TEXT), bgx.InputError, r"\['sample'\] is on meta, the weights on cpu"),
+        (lambda: fast_unet()(SAMPLE.to("meta"), 1, TEXT), bgx.InputError, "is on meta, the weights on cpu"),
         (lambda: fast_unet()(SAMPLE, 1, TEXT, nonsense=1), bgx.InputError, "unexpected keyword argument 'nonsense'"),
         (lambda: fast_unet()(SAMPLE.clone().requires_grad_(), 1, TEXT), bgx.InputError, "requires gradients"),
         (lambda: fast_unet().train(), bgx.InputError, "cannot train"),

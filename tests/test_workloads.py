@@ -66,7 +66,7 @@ def broken(folder: Path, text: str) -> str:
         (lambda p: load(broken(p / "a", "{")), "cannot be loaded: "),
         (lambda p: load(broken(p / "b", "{}")), "cannot be loaded: '_class_name'"),
         (lambda p: load(broken(p / "c", json.dumps({"_class_name": "Nope"}))), "class 'Nope' is not in diffusers"),
-        (lambda p: load(broken(p / "d", json.dumps({"_class_name": "UNet2DConditionModel"}))), "cannot be loaded: "),
+        (lambda p: load(broken(p / "d", json.dumps({"_class_name": "UNet2DModel"}))), "cannot be loaded: "),
     ],
 )  # fmt: skip
 def test_bad_names_are_one_line_errors(tmp_path: Path, make: Any, message: str) -> None:
@@ -78,8 +78,8 @@ def test_bad_names_are_one_line_errors(tmp_path: Path, make: Any, message: str) 
 def test_a_class_without_known_inputs(tmp_path: Path) -> None:
     from diffusers import UNet2DModel
 
-    UNet2DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-                norm_num_groups=4).save_pretrained(tmp_path)  # fmt: skip
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=4, **blocks).save_pretrained(tmp_path)
     with pytest.raises(bgx.InputError, match="UNet2DModel has no known example inputs"):
         load(str(tmp_path))
 

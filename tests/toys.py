@@ -1,6 +1,7 @@
-"""Ten-line attention layers, named for their layout. Each calls `squeeze` on what it projects and `spread` on what it adds back.
+"""Ten-line attention layers, named for their layout.
 
-Both are the identity unless a test sets them to the naive operators: the toy is then its own oracle.
+Each calls `squeeze` on what it projects, and `spread` on what it adds back. Both are the identity unless a test sets
+them to the naive operators: the toy is then its own oracle.
 """
 
 from __future__ import annotations

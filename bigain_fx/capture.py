@@ -34,8 +34,7 @@ class CallBinder:
     """Brings every way of calling a denoiser to one form: keyword arguments that differ from their defaults."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.signature = inspect.signature(model.forward)
-        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.model, self.signature = model, inspect.signature(model.forward)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         """Return the canonical keyword arguments, and whether the caller wants the output class.
@@ -57,14 +56,20 @@ class CallBinder:
                 raise InputError(f"{name}={value!r} can only be given by position; a denoiser's inputs need names")
             elif not _is_default(value, parameter.default):
                 arguments[name] = value
-        wants_class = bool(arguments.pop("return_dict", True))
+        wants_class = True
+        if option := self.signature.parameters.get("return_dict"):
+            wants_class = bool(bound.arguments.get("return_dict", option.default))
+            arguments = {name: value for name, value in arguments.items() if name != "return_dict"}
+            if option.default is not True:
+                arguments["return_dict"] = True  # the graph always makes the output class
         for name in TIMESTEP_INPUTS:
-            if isinstance(arguments.get(name), int | float):
-                arguments[name] = torch.tensor(arguments[name])
             value = arguments.get(name)
-            if isinstance(value, Tensor) and value.ndim == 0:
-                arguments[name] = value.to(self.device)
+            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0):
+                arguments[name] = torch.as_tensor(value).to(self._device())
         return arguments, wants_class
+
+    def _device(self) -> torch.device:
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
 
 def _is_default(value: Any, default: Any) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
 from bigain_fx import demo_report, embedded
-from bigain_fx.classify import Classification, classify
-from bigain_fx.denoiser import OptimizedDenoiser, optimize
+from bigain_fx.classify import classify
+from bigain_fx.demo_report import Variant
+from bigain_fx.denoiser import optimize
 from bigain_fx.embedded.data import Digits, digits
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.methods import parse
-from bigain_fx.report import Report
 from bigain_fx.sample import predict, sample
 
 METHODS = ("dense", "bigain-tm:0.7", "bigain-td:2")
@@ -59,29 +58,6 @@ FULL = Budget()
 QUICK = Budget(models=("mnist-dit",), rows=1, images=30)
 
 
-@dataclass(frozen=True, eq=False)
-class Variant:
-    """One denoiser under one method, measured.
-
-    Attributes:
-        method: in the text grammar of the methods.
-        report: what was done to its attentions.
-        compile_seconds: from the model to the end of the first call.
-        call_seconds: of the timed calls, one a round.
-        output: ``(batch, C, H, W)``, of the first call, whose input all variants of a denoiser share.
-        generated: ``(10 * rows, C, H, W)`` in [-1, 1].
-        classification: of the held-out digits.
-    """
-
-    method: str
-    report: Report
-    compile_seconds: float
-    call_seconds: tuple[float, ...]
-    output: Tensor
-    generated: Tensor
-    classification: Classification
-
-
 def run(out: Path, quick: bool = False, backend: str = "inductor") -> dict[str, Any]:
     """Measure every variant, then write ``report.md``, ``report.json`` and pictures into the folder ``out``.
 
@@ -101,15 +77,19 @@ def run(out: Path, quick: bool = False, backend: str = "inductor") -> dict[str, 
     check_backend(backend)
     console, started = Console(), time.perf_counter()
     budget = QUICK if quick else FULL
-    with _staged(out) as folder:
-        _, held_out = digits()
-        chosen = Digits(held_out.images[: budget.images], held_out.labels[: budget.images])
-        with Progress(*COLUMNS, console=console) as progress:
-            measured = {name: measure(name, budget, chosen, backend, progress) for name in budget.models}
-        seconds = time.perf_counter() - started
-        settings = {"quick": quick, "backend": backend, "seed": SEED, **asdict(budget)}
-        summary = demo_report.summarize(measured, chosen.labels, settings, seconds)
-        demo_report.write(folder, summary, {name: [v.generated for v in found] for name, found in measured.items()})
+    make_folder(out)
+    _, held_out = digits()
+    chosen = Digits(held_out.images[: budget.images], held_out.labels[: budget.images])
+    with Progress(*COLUMNS, console=console) as progress:
+        measured = {name: measure(name, budget, chosen, backend, progress) for name in budget.models}
+    seconds = time.perf_counter() - started
+    settings = {"quick": quick, "backend": backend, "seed": SEED, **asdict(budget)}
+    summary = demo_report.summarize(measured, chosen.labels, settings, seconds)
+    pictures = {name: [variant.generated for variant in variants] for name, variants in measured.items()}
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as staging:
+        demo_report.write(Path(staging), summary, pictures)
+        for path in sorted(Path(staging).iterdir(), key=lambda path: (path.stem == "report", path.name)):
+            os.replace(path, out / path.name)  # the report last: what it shows is there
     demo_report.show(console, summary)
     console.print(f"{seconds:.0f} s; the report: {out / 'report.md'}", soft_wrap=True)
     return summary
@@ -118,63 +98,66 @@ def run(out: Path, quick: bool = False, backend: str = "inductor") -> dict[str, 
 def measure(name: str, budget: Budget, data: Digits, backend: str, progress: Progress) -> list[Variant]:
     """Optimize the embedded denoiser ``name`` by each of :data:`METHODS` and measure the variants side by side."""
     bundle = embedded.load(name)
-    size, generator = budget.batch, torch.Generator().manual_seed(SEED)
-    rows = torch.arange(size) % len(data)
-    timesteps = torch.linspace(0, bundle.scheduler.config.num_train_timesteps - 1, size).long()
-    noisy = bundle.scheduler.add_noise(
-        data.images[rows], torch.randn((size, *bundle.sample_shape), generator=generator), timesteps
-    )
-    probe = (noisy, timesteps, data.labels[rows])
+    generator = torch.Generator().manual_seed(SEED)
+    rows = torch.arange(budget.batch) % len(data)
+    timesteps = torch.linspace(0, bundle.scheduler.config.num_train_timesteps - 1, budget.batch).long()
+    noise = torch.randn((budget.batch, *bundle.sample_shape), generator=generator)
+    noisy = bundle.scheduler.add_noise(data.images[rows], noise, timesteps)
+    call = partial(
+        predict, bundle=bundle, x=noisy, timesteps=timesteps, labels=data.labels[rows], batch=budget.batch
+    )  # fmt: skip
 
     task = progress.add_task(f"{name}: {'trace' if backend == 'eager' else 'compile'}", total=len(METHODS))
-    variants: dict[str, OptimizedDenoiser] = {}
-    outputs: dict[str, Tensor] = {}
-    compile_seconds: dict[str, float] = {}
+    variants, outputs, compile_seconds = [], [], []
     for method in METHODS:
         started = time.perf_counter()
-        variants[method] = optimize(bundle.model, method=parse(method), backend=backend)
-        outputs[method] = predict(variants[method], bundle, *probe, batch=size)
-        compile_seconds[method] = time.perf_counter() - started
+        variants.append(optimize(bundle.model, method=parse(method), backend=backend))
+        outputs.append(call(variants[-1]))
+        compile_seconds.append(time.perf_counter() - started)
         progress.advance(task)
 
-    call_seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    task = progress.add_task(f"{name}: time", total=budget.rounds)
-    for index in range(-1, budget.rounds):  # the first round warms up
-        for method in METHODS[index % len(METHODS) :] + METHODS[: index % len(METHODS)]:
-            started = time.perf_counter()
-            predict(variants[method], bundle, *probe, batch=size)
-            if index >= 0:
-                call_seconds[method].append(time.perf_counter() - started)
-        progress.update(task, completed=index + 1)
+    task = progress.add_task(f"{name}: time", total=(1 + budget.rounds) * len(METHODS))
+    call_seconds = interleaved(
+        [partial(call, variant, progress=partial(progress.advance, task)) for variant in variants], budget.rounds
+    )
 
     labels = torch.arange(10).repeat(budget.rows)
     noise = torch.randn((len(labels), *bundle.sample_shape), generator=generator)
-    calls = budget.steps * -(-2 * len(labels) // size)
+    calls = budget.steps * math.ceil(2 * len(labels) / budget.batch)
     task = progress.add_task(f"{name}: generate", total=calls * len(METHODS))
-    generated = {
-        method: sample(
-            variants[method], bundle, labels, steps=budget.steps, guidance=budget.guidance, noise=noise, batch=size,
+    generated = [
+        sample(
+            variant, bundle, labels, steps=budget.steps, guidance=budget.guidance, noise=noise, batch=budget.batch,
             progress=partial(progress.advance, task),
         )
-        for method in METHODS
-    }  # fmt: skip
-
-    calls = -(-len(data) * budget.pairs * bundle.num_classes // size)
-    task = progress.add_task(f"{name}: classify", total=calls * len(METHODS))
-    classified = {
-        method: classify(
-            variants[method], bundle, data.images, pairs=budget.pairs, batch=size, seed=SEED,
-            progress=partial(progress.advance, task),
-        )
-        for method in METHODS
-    }  # fmt: skip
-    return [
-        Variant(
-            method, variants[method].report, compile_seconds[method], tuple(call_seconds[method]), outputs[method],
-            generated[method], classified[method],
-        )
-        for method in METHODS
+        for variant in variants
     ]  # fmt: skip
+
+    calls = math.ceil(len(data) * budget.pairs * bundle.num_classes / budget.batch)
+    task = progress.add_task(f"{name}: classify", total=calls * len(METHODS))
+    classified = [
+        classify(
+            variant, bundle, data.images, pairs=budget.pairs, batch=budget.batch, seed=SEED,
+            progress=partial(progress.advance, task),
+        )
+        for variant in variants
+    ]  # fmt: skip
+    reports = [variant.report for variant in variants]
+    columns = zip(METHODS, reports, compile_seconds, call_seconds, outputs, generated, classified, strict=True)
+    return [Variant(*column) for column in columns]
+
+
+def interleaved(calls: Sequence[Callable[[], object]], rounds: int) -> list[tuple[float, ...]]:
+    """Seconds of each call in each round; they take turns, first one and then another, after a round to warm up."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for index in range(-1, rounds):
+        for place in range(len(calls)):
+            chosen = (place + index) % len(calls)
+            started = time.perf_counter()
+            calls[chosen]()
+            if index >= 0:
+                seconds[chosen].append(time.perf_counter() - started)
+    return [tuple(found) for found in seconds]
 
 
 def check_backend(backend: str) -> None:
@@ -209,17 +192,17 @@ def _missing_for_inductor() -> str | None:
     return None
 
 
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A folder whose files move into ``out`` at the end, the report last, and vanish if anything fails."""
+def make_folder(out: Path) -> None:
+    """Make the folder ``out`` if it is not there, before minutes are spent on what goes into it.
+
+    Raises:
+        InputError: it is a file, or cannot be made or written to.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(f"out={str(out)!r} is a file; name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out)
     except OSError as error:
-        raise InputError(f"out={str(out)!r} cannot be written to ({error.strerror}); name another folder") from error
-    with staging as folder:
-        yield Path(folder)
-        for path in sorted(Path(folder).iterdir(), key=lambda path: (path.stem == "report", path.name)):
-            os.replace(path, out / path.name)
+        raise InputError(f"out={str(out)!r} cannot be made ({error.strerror}); name another folder") from error
+    if not os.access(out, os.W_OK):
+        raise InputError(f"out={str(out)!r} cannot be written to; name another folder")

@@ -25,7 +25,7 @@ def _node_flops(node: Node) -> int:
     match node.target:
         case aten.linear.default:
             return 2 * out * shapes[0][-1]
-        case aten.conv2d.default:
+        case aten.conv2d.default | aten.conv2d.padding:
             return 2 * out * math.prod(shapes[1][1:])
         case aten.scaled_dot_product_attention.default:
             scores = math.prod(shapes[0][:-1]) * shapes[1][-2]

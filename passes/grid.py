@@ -25,7 +25,7 @@ def image_layouts(graph: Graph) -> dict[Node, Layout]:
         shape = shape_of(node)
         followed = [source for source in node.all_input_nodes if source in layouts]
         layout: Layout | Refusal | None = None
-        if node.target is aten.conv2d.default or (node.op == "placeholder" and len(shape) == 4):
+        if node.target in (aten.conv2d.default, aten.conv2d.padding) or (node.op == "placeholder" and len(shape) == 4):
             layout = (named("", shape[0]), named("", shape[1]), named(ROWS, shape[2]), named(COLUMNS, shape[3]))
         elif node.target is aten.scaled_dot_product_attention.default and node.args[0] in layouts:
             layout = (*layouts[node.args[0]][:-1], named("", shape[-1]))

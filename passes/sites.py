@@ -114,8 +114,8 @@ def _match(sdpa: Node) -> AttentionSite | Refusal:
             return layout
         layouts[node] = layout
     for key, operand in operands.items():
-        batch, *_, rows, channels = (names(dim) for dim in layouts[operand])
-        if rows != {TOKENS} or channels or (shape[0] > 1 and batch != {BATCH}):
+        batch, *_, rows, channels = layouts[operand]
+        if rows != named(TOKENS, shape[1]) or names(channels) or (shape[0] > 1 and names(batch) != {BATCH}):
             return Refusal(f"the rows of {key} are not the tokens of {x.name}", operand.name)
     inside = {node for path in paths.values() for node in path} | {sdpa}
     for node in inside - {sdpa}:
@@ -127,6 +127,9 @@ def _match(sdpa: Node) -> AttentionSite | Refusal:
     if isinstance(output, Refusal):
         return output
     norm, metric = _metric(x)
+    for node in (x, *(norm.all_input_nodes[:1] if norm else ())):
+        if changed := next((user for user in node.users if _mutates(user)), None):
+            return Refusal(f"{node.name} is changed in place by {changed.name}", node.name)
     return AttentionSite(module_name(sdpa), sdpa, x, norm, metric, paths, output, layouts)
 
 
@@ -148,6 +151,13 @@ def _check_attention(sdpa: Node) -> Refusal | None:
 
 
 def _projected_from(operand: Node) -> set[Node]:
+    """What ``operand`` is projected from: one tensor, through one linear layer or a sum of several in a row (LoRA)."""
+    found = _nearest_inputs(operand)
+    between = {node for node in found if (above := _nearest_inputs(node)) and above <= found - {node}}
+    return found - between
+
+
+def _nearest_inputs(operand: Node) -> set[Node]:
     """Inputs of the nearest linear layers above ``operand``, casts removed."""
     found: set[Node] = set()
     pending, seen = [operand], {operand}
@@ -167,6 +177,11 @@ def without_casts(node: Node) -> Node:
     while node.target in CASTS or inactive_dropout(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
+
+
+def _mutates(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def _between(x: Node, operand: Node) -> set[Node]:

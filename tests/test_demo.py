@@ -53,6 +53,8 @@ def test_leaves_a_report_whose_numbers_agree(tmp_path: Path, capsys: pytest.Capt
     assert downsampled["output_db"] > 0
     assert [site["action"] for site in merged["sites"]["sites"]] == ["merge"]
     assert [site["action"] for site in downsampled["sites"]["sites"]] == ["kv"]
+    assert "a quick run without mnist-unet" in text
+    assert "bigain-fx bench sd2" in text
     assert all(f"]({name})" in text for name in PICTURES)
     assert "report.md" in capsys.readouterr().out
 
@@ -124,12 +126,24 @@ def test_both_budgets_fill_the_batch_and_balance_the_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quartiles", "words"), [((1.1, 1.3), "faster"), ((0.6, 0.8), "too small"), ((0.9, 1.1), "no clear difference")]
+    ("quartiles", "words"),
+    [
+        ((1.1, 1.3), "the speed of dense."),
+        ((0.6, 0.8), "slower: the model is too small"),
+        ((0.95, 1.05), "no clear difference: the model is too small"),
+        ((0.6, 1.3), "no clear difference: the timings scatter"),
+    ],
 )
 def test_the_verdict_is_plain_about_time(quartiles: tuple[float, float], words: str) -> None:
     said = demo_report.verdict({"method": "m", "speedup": math.prod(quartiles) ** 0.5, "speedup_quartiles": quartiles})
     assert words in said
-    assert ("faster" in said) == (quartiles[0] > 1)
+
+
+def test_timed_calls_take_turns() -> None:
+    order: list[str] = []
+    seconds = demo.interleaved([lambda: order.append("a"), lambda: order.append("b")], rounds=2)
+    assert [len(found) for found in seconds] == [2, 2]
+    assert "".join(order) == "ba" + "ab" + "ba"
 
 
 def test_decibels() -> None:

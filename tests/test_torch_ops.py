@@ -89,3 +89,13 @@ def test_compiled_equals_eager(backend: str) -> None:
             got = compiled(x, torch.tensor(step))
             for left, right in zip(got, Compressed()(x, torch.tensor(step)), strict=True):
                 torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_the_plan_is_made_in_float32_under_autocast() -> None:
+    metric = torch.randn(2, 64, 8)
+    expected = torch.ops.bigain.merge_plan(metric, [8, 8], [2, 2], 40)
+    compiled = torch.compile(torch.ops.bigain.merge_plan, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for make in (torch.ops.bigain.merge_plan, compiled):
+            for map_, expected_map in zip(make(metric, [8, 8], [2, 2], 40), expected, strict=True):
+                assert torch.equal(map_, expected_map)

@@ -172,9 +172,23 @@ class PixelUnshuffled(Toy):
         return self.patch(patches)
 
 
+class LowRank(Toy):
+    """A low-rank adapter beside the query projection, two linear layers in a row, as unmerged LoRA is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(C, 2), nn.Linear(2, C)
+
+    def branch(self, x: Tensor, metric: Tensor) -> Tensor:
+        whole, x = x, self.squeeze(x, metric)
+        rows = x if self.squeeze_kv is None else self.squeeze_kv(whole, metric)
+        q = self.q(x) + 0.5 * self.up(self.down(x))
+        return self.spread(self.out(self.attend(heads(q), heads(self.k(rows)), heads(self.v(rows)))))
+
+
 REWRITTEN: list[type[Toy]] = [
     Separate, LiteralSizes, FusedProjection, FusedUnbind, NormedHeads, Casts, Gated, Modulated, GroupNormed,
-    PositionsAdded,
+    PositionsAdded, LowRank,
 ]  # fmt: skip
 
 
@@ -279,6 +293,15 @@ class MixedKeys(Toy):
         return self.out(self.attend(heads(self.q(x)), heads(self.k(x).softmax(1)), heads(self.v(x))))
 
 
+class ChangedInPlace(Toy):
+    """Near miss of Separate: the attention's input is overwritten after its projections."""
+
+    def branch(self, x: Tensor, metric: Tensor) -> Tensor:
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        x.mul_(2)
+        return self.out(self.attend(q, k, v)) + x.mean(1, keepdim=True)
+
+
 class ClassToken(Toy):
     """A class token in front of the image tokens: no grid."""
 
@@ -304,6 +327,7 @@ REFUSED: list[tuple[type[Toy], str]] = [
     (AcrossBatch, "are not the tokens"),
     (Reused, "also read outside"),
     (MixedKeys, "no rule for aten.softmax"),
+    (ChangedInPlace, "is changed in place"),
     (ClassToken, "no grid"),
 ]
 

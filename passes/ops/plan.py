@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ def merge_plan(
 
     unit = metric.float()
     unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    similarity, match = (_rows(unit, sources) @ _rows(unit, destinations).mT).max(-1)
+    with _no_autocast(metric.device.type):
+        similarity, match = (_rows(unit, sources) @ _rows(unit, destinations).mT).max(-1)
     folded, alone = similarity.argsort(dim=1, descending=True, stable=True).tensor_split([merged], 1)
 
     standing = sources.gather(1, alone)
@@ -48,6 +50,11 @@ def merge_plan(
     group = torch.arange(rep.shape[1], device=metric.device).expand_as(rep)
     assign = torch.zeros_like(is_destination, dtype=torch.int64).scatter(1, rep, group)
     return assign.scatter(1, sources.gather(1, folded), match.gather(1, folded)), rep
+
+
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    """Similarities are float32 under autocast too, which would round the factors of a matrix product."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _rows(tokens: Tensor, index: Tensor) -> Tensor:

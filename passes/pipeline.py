@@ -86,7 +86,8 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
     attentions = [node for node in result.graph.nodes if node.target is SDPA]
     before, flops_before = _module_flops(result.graph), flops(result.graph.nodes)
     outcomes: list[tuple[str, str, int]] = []
-    for (_, site), sdpa in zip(found, attentions, strict=True):
+    # The last first: what a site reads is then still what it was found to read.
+    for (_, site), sdpa in reversed(list(zip(found, attentions, strict=True))):
         tokens = shape_of(sdpa)[-2]
         if isinstance(site, Refusal):
             outcomes.append(("kept", f"{site.reason} (at {site.node})", tokens))
@@ -94,6 +95,7 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
             outcomes.append(("kept", "no grid: the graph does not tell which tokens lie where; pass grid=", tokens))
         else:
             outcomes.append(_rewrite_site(surgeon, site, known, finest.index(known), methods))
+    outcomes.reverse()
     surgeon.finish()
     after = _module_flops(result.graph)
     uses = Counter(name for name, _ in found)

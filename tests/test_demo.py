@@ -97,9 +97,11 @@ def test_without_a_compiler_one_line_says_how_to_go_on(monkeypatch: pytest.Monke
     from torch._inductor import cpp_builder
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
     cpp_builder.cpp_compiler_search.cache_clear()
-    with pytest.raises(bgx.BigainError, match=r"C\+\+ compiler .*--backend eager") as caught:
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(bgx.BigainError, match=r"C\+\+ compiler .*--backend eager") as caught,
+    ):
         demo.run(tmp_path / "out", quick=True)
     cpp_builder.cpp_compiler_search.cache_clear()
     assert "\n" not in str(caught.value)

@@ -30,10 +30,10 @@ def with_oracle(toy: toys.Toy, image: Tensor, merge: bool, kv: bool) -> Tensor:
 
     def squeeze(x: Tensor, metric: Tensor) -> Tensor:
         plans.append(oracle.merge_plan(metric, GRID, (2, 2), MERGED))
-        return oracle.merge(x, plans[0])
+        return oracle.merge(x, plans[-1])
 
     if merge:
-        toy.squeeze, toy.spread = squeeze, lambda y: oracle.unmerge(y, plans[0])
+        toy.squeeze, toy.spread = squeeze, lambda y: oracle.unmerge(y, plans[-1])
     if kv:
         toy.squeeze_kv = lambda x, metric: oracle.kv_downsample(x, 0.9, GRID, 2)
     with torch.no_grad():
@@ -76,6 +76,16 @@ def test_refused_toy_is_left_alone_with_its_reason(toy_class: type[toys.Toy], re
     assert count(rewritten, "bigain") == 0
     if toy_class is not toys.Dropped:
         torch.testing.assert_close(output, with_oracle(toy, image, False, False))
+
+
+@pytest.mark.parametrize(("merge", "kv"), [(True, False), (False, True), (True, True)])
+def test_an_attention_straight_on_another_reads_the_compressed_one(merge: bool, kv: bool) -> None:
+    toy = toys.Chained()
+    methods = normalize([bgx.LaplacianMerge(0.5)] * merge + [bgx.KVDownsample(2, 0.9)] * kv)
+    rewritten, output, image = run(toy, methods)
+    assert len({record.action for record in rewritten.records} - {"kept"}) == 1
+    assert count(rewritten, "scaled_dot_product_attention") == 2
+    torch.testing.assert_close(output, with_oracle(toy, image, merge, kv), rtol=1e-4, atol=1e-5)
 
 
 def test_every_node_has_a_value_and_says_where_it_came_from() -> None:

@@ -186,6 +186,14 @@ class LowRank(Toy):
         return self.spread(self.out(self.attend(heads(q), heads(self.k(rows)), heads(self.v(rows)))))
 
 
+class Chained(Toy):
+    """Two attentions in a row, with nothing between them: the second is projected from what the first gives back."""
+
+    def branch(self, x: Tensor, metric: Tensor) -> Tensor:
+        y = super().branch(x, metric)
+        return super().branch(y, y)
+
+
 REWRITTEN: list[type[Toy]] = [
     Separate, LiteralSizes, FusedProjection, FusedUnbind, NormedHeads, Casts, Gated, Modulated, GroupNormed,
     PositionsAdded, LowRank,

@@ -49,7 +49,7 @@ class Budget:
     rows: int = 2
     steps: int = 12
     guidance: float = 2.0
-    images: int = 40
+    images: int = 60
     pairs: int = 4
     rounds: int = 9
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +77,15 @@ def _is_default(value: Any, default: Any) -> bool:
 
 
 def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A hashable key of what a graph is specific to: structure, shapes, dtypes, devices, constants, autocast."""
+    """A hashable key of what a graph is specific to: structure, shapes, dtypes, devices, constants, autocast.
+
+    Raises:
+        InputError: a constant that cannot be compared with the next call's, such as an array.
+    """
     leaves, spec = pytree.tree_flatten(dict(arguments))
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor | Hashable):
+            raise InputError(f"an input is a {type(leaf).__name__}; pass a torch.Tensor, a number, a string or None")
     described = tuple(
         (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
         for leaf in leaves

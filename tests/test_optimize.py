@@ -200,6 +200,7 @@ SCHEDULE = bgx.KVDownsample(2, bgx.LinearAlpha())
         (lambda: fast_unet()(SAMPLE.to("meta"), 1, TEXT), bgx.InputError, "is on meta, the weights on cpu"),
         (lambda: fast_unet()(SAMPLE, 1, TEXT, nonsense=1), bgx.InputError, "unexpected keyword argument 'nonsense'"),
         (lambda: fast_unet()(SAMPLE.clone().requires_grad_(), 1, TEXT), bgx.InputError, "requires gradients"),
+        (lambda: fast_unet()(SAMPLE.numpy(), 1, TEXT), bgx.InputError, "an input is a ndarray; pass a torch.Tensor"),
         (lambda: fast_unet().train(), bgx.InputError, "cannot train"),
         (lambda: bgx.optimize(unet(), method=0.7), bgx.MethodError, "method=.*0.7.* must be a LaplacianMerge"),
     ],

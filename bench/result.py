@@ -22,8 +22,8 @@ from bigain_fx.bench.timing import Estimate, decibels
 
 MB = 1e6
 COLUMNS = (
-    "row", "median (ms)", "speed-up [95 %]", "efficiency", "deviation (dB)", "relative L2", "peak (MB)", "compile (s)",
-    "GFLOPs", "sites",
+    "row", "median (ms)", "speed-up [95 %]", "over", "efficiency", "deviation (dB)", "relative L2", "peak (MB)",
+    "compile (s)", "GFLOPs", "sites",
 )  # fmt: skip
 
 
@@ -32,16 +32,18 @@ class Row:
     """One line of the table; what does not apply is None.
 
     Attributes:
-        name: ``"dense eager"``, ``"dense"`` (compiled), a method as it was written, or ``"bound:..."``.
+        name: ``"dense eager"``, ``"dense"`` (compiled), a method as it was written, ``"bound:..."``, or
+            ``"onnx:..."`` for what ONNX Runtime runs.
         seconds: of each timed round, in order.
         median_s: their median.
-        speedup: over ``"dense"``, paired within rounds.
+        speedup: over the row ``base``, paired within rounds.
+        base: ``"onnx:dense"`` for the other ONNX rows, else ``"dense"``.
         bound: name of the free bound of this method.
         efficiency: share of the bound's gain that is realized, ``(dense - row) / (dense - bound)`` of the medians; None
             where the bound itself gains nothing for certain (its interval reaches 1).
         relative_l2: error of the output against dense eager; 0 is identical.
         peak_bytes: most memory allocated at once by a call, on top of weights and inputs.
-        capture_s: to capture and rewrite the graph.
+        capture_s: to capture and rewrite the graph; for an ONNX row, to export and load it too.
         compile_s: the first call less ``median_s``.
         compile_cached: whether inductor found the graph in its cache, so that ``compile_s`` is no compile time.
         flops: of the graph, for one call.
@@ -52,6 +54,7 @@ class Row:
     seconds: tuple[float, ...]
     median_s: float
     speedup: Estimate
+    base: str
     bound: str | None
     efficiency: float | None
     relative_l2: float | None
@@ -73,7 +76,7 @@ class Row:
         compiled = _text(self.compile_s, ".1f") + " (cached)" * bool(self.compile_cached)
         return (
             self.name, f"{self.median_s * 1e3:.2f}",
-            f"{self.speedup.median:.3f} [{self.speedup.low:.3f}, {self.speedup.high:.3f}]",
+            f"{self.speedup.median:.3f} [{self.speedup.low:.3f}, {self.speedup.high:.3f}]", self.base,
             _text(self.efficiency, ".0%"), exact if self.deviation_db is None else f"{self.deviation_db:.1f}",
             _text(self.relative_l2, ".2e"), _text(self.peak_bytes and self.peak_bytes / MB, ".1f"), compiled,
             f"{self.flops / 1e9:.2f}", str(self.sites),
@@ -170,15 +173,19 @@ def _cpu() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, torch, CUDA, diffusers and this package; None for what is absent."""
-    try:
-        diffusers: str | None = importlib.metadata.version("diffusers")
-    except importlib.metadata.PackageNotFoundError:
-        diffusers = None
+    """Of Python, torch, CUDA, diffusers, ONNX Runtime and this package; None for what is absent."""
     return {
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "diffusers": diffusers, "bigain_fx": bigain_fx.__version__,
+        "diffusers": _version("diffusers"), "onnxruntime": _version("onnxruntime") or _version("onnxruntime-gpu"),
+        "bigain_fx": bigain_fx.__version__,
     }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def command(arguments: Iterable[str] | None = None) -> str:

@@ -6,6 +6,7 @@ import datetime
 import json
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 from bigain_fx import optimize
-from bigain_fx.bench import BenchError, bound, result, timing
+from bigain_fx.bench import BenchError, bound, onnx_rows, result, timing
 from bigain_fx.bench.result import BenchResult, Row
 from bigain_fx.capture import CallBinder
 from bigain_fx.passes.errors import BigainError
@@ -30,15 +31,15 @@ from bigain_fx.passes.methods import Methods
 if TYPE_CHECKING:
     from bigain_fx.models import Workload
 
-EAGER, DENSE = "dense eager", "dense"
+EAGER, DENSE, ONNX = "dense eager", "dense", "onnx:"
 
 
 @dataclass(frozen=True)
 class _Built:
-    """One row before its first call."""
+    """One row before its first call, and what runs it: ``"eager"``, ``"compiled"`` or ``"onnx"``."""
 
     call: Callable[[], Any]
-    compiled: bool
+    kind: str
     flops: int
     sites: int
 
@@ -59,6 +60,7 @@ def run(
     workload: Workload,
     methods: Mapping[str, Methods],
     *,
+    onnx: Mapping[str, Methods] | None = None,
     rounds: int = 7,
     warmup: int = 1,
     backend: str = "inductor",
@@ -73,6 +75,8 @@ def run(
         workload: a denoiser in eval mode, and the inputs to call it with.
         methods: as :func:`bigain_fx.passes.methods.parse_list` returns them; entries that are dense add nothing, since
             both dense rows are always there.
+        onnx: what to time through ONNX Runtime as well, likewise; where that is not to be had, a line says so. Each
+            holds its own copy of the weights.
         rounds: timed calls of each row.
         warmup: rounds before those, after the first call of each row.
         backend, mode: as for ``torch.compile``; ``"eager"`` runs the graphs as they are.
@@ -85,6 +89,7 @@ def run(
             output that is not finite.
         BigainError: whatever :func:`bigain_fx.optimize` raises.
     """
+    exported = _exportable(workload, onnx or {})
     _check_arguments(workload, methods, rounds, warmup)
     if out is not None:
         result.prepare(out)
@@ -94,8 +99,8 @@ def run(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), disable=not progress,
     )  # fmt: skip
-    with bar, torch.no_grad():
-        ready = _prepare_all(workload, methods, backend, mode, device, bar)
+    with bar, torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        ready = _prepare_all(workload, methods, exported, backend, mode, device, bar, Path(folder))
         task = bar.add_task("time", total=(warmup + rounds) * len(ready))
         seconds = timing.interleave(
             {name: row.built.call for name, row in ready.items()}, rounds, warmup, check=timing.check_finite,
@@ -129,13 +134,21 @@ def run(
     return found
 
 
+def _exportable(workload: Workload, onnx: Mapping[str, Methods]) -> Mapping[str, Methods]:
+    """``onnx`` itself, or nothing where ONNX Runtime cannot run ``workload``; then the reason is printed."""
+    reason = onnx_rows.refuse(workload) if onnx else None
+    if reason:
+        Console(stderr=True).print(f"no ONNX rows: {reason}", soft_wrap=True, markup=False)
+    return {} if reason else onnx
+
+
 def _check_arguments(workload: Workload, methods: Mapping[str, Methods], rounds: int, warmup: int) -> None:
     if rounds < 1:
         raise BenchError(f"rounds={rounds!r} must be at least 1")
     if warmup < 0:
         raise BenchError(f"warmup={warmup!r} must be 0 or more")
     for name, given in methods.items():
-        if given and (name in (EAGER, DENSE) or name.startswith("bound:")):
+        if given and (name in (EAGER, DENSE) or name.startswith(("bound:", ONNX))):
             raise BenchError(f"methods has {name!r}, the name of a row that is not a method; call it something else")
     weight = next(workload.model.parameters(), None)
     if weight is None or weight.is_meta:
@@ -145,23 +158,29 @@ def _check_arguments(workload: Workload, methods: Mapping[str, Methods], rounds:
 def _prepare_all(
     workload: Workload,
     methods: Mapping[str, Methods],
+    onnx: Mapping[str, Methods],
     backend: str,
     mode: str | None,
     device: torch.device,
     bar: Progress,
+    folder: Path,
 ) -> dict[str, _Ready]:
     """Build, compile and check every row, one after another; a bound only where its method changed something."""
-    compiled = backend != "eager"
+    kind = "eager" if backend == "eager" else "compiled"
     eager = partial(workload.model, *workload.args, **workload.kwargs)
 
     def optimized(given: Methods) -> _Built:
         fast = optimize(workload.model, workload.args, workload.kwargs, method=given, backend=backend, mode=mode)
         call = partial(fast, *workload.args, **workload.kwargs)
-        return _Built(call, compiled, fast.report.flops_after, len(fast.report.rewritten))
+        return _Built(call, kind, fast.report.flops_after, len(fast.report.rewritten))
 
     def free(given: Methods) -> _Built:
         built = bound.build(workload, given, backend=backend, mode=mode)
-        return _Built(built.call, compiled, built.flops, built.sites)
+        return _Built(built.call, kind, built.flops, built.sites)
+
+    def exported(given: Methods) -> _Built:
+        call, report = onnx_rows.build(workload, given, folder)
+        return _Built(call, "onnx", report.flops_after, len(report.rewritten))
 
     def prepare(name: str, build: Callable[[], _Built]) -> None:
         bar.update(task, description=f"build {name}")
@@ -169,10 +188,11 @@ def _prepare_all(
         bar.advance(task)
 
     applied = {name: given for name, given in methods.items() if given}
-    task = bar.add_task("build", total=2 + len(applied) + len({*map(bound.bound_name, applied.values())} - {None}))
+    bounds_at_most = len({*map(bound.bound_name, applied.values())} - {None})
+    task = bar.add_task("build", total=2 + len(applied) + bounds_at_most + len(onnx))
     ready: dict[str, _Ready] = {}
     reference = timing.tensors_of(eager())
-    prepare(EAGER, lambda: _Built(eager, False, 0, 0))
+    prepare(EAGER, lambda: _Built(eager, "eager", 0, 0))
     prepare(DENSE, partial(optimized, ()))
     for name, given in applied.items():
         prepare(name, partial(optimized, given))
@@ -180,6 +200,8 @@ def _prepare_all(
     for name_of_bound, given in bounds.items():
         assert name_of_bound is not None, "a method that changed something has a bound"
         prepare(name_of_bound, partial(free, given))
+    for name, given in onnx.items():
+        prepare(ONNX + name, partial(exported, given))
     bar.update(task, description="built", total=len(ready))
     return ready
 
@@ -204,7 +226,7 @@ def _prepare(
     timing.check_finite(name, output)
     relative = timing.relative_error(reference, timing.tensors_of(output))
     del output
-    peak = timing.peak_bytes(built.call, device)
+    peak = None if built.kind == "onnx" else timing.peak_bytes(built.call, device)  # torch does not see ONNX Runtime's
     return _Ready(built, relative, peak, captured - start, first_s, _cache_hits() > hits)
 
 
@@ -212,27 +234,30 @@ def _rows(
     ready: Mapping[str, _Ready], seconds: Mapping[str, Sequence[float]], bounds: Mapping[str, str | None], seed: int
 ) -> tuple[Row, ...]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    speedups = {name: timing.speedup(seconds[DENSE], values, seed) for name, values in seconds.items()}
+    onnx_base = ONNX + DENSE if ONNX + DENSE in ready else DENSE
+    bases = {name: onnx_base if name.startswith(ONNX) and name != onnx_base else DENSE for name in ready}
+    speedups = {name: timing.speedup(seconds[bases[name]], values, seed) for name, values in seconds.items()}
     rows = []
     for name, row in ready.items():
         limit = bounds.get(name) if row.built.sites else None
         efficiency = None
         if limit is not None and speedups[limit].low > 1:
             efficiency = (medians[DENSE] - medians[name]) / (medians[DENSE] - medians[limit])
-        eager = name == EAGER
+        eager, compiled = name == EAGER, row.built.kind == "compiled"
         rows.append(
             Row(
                 name=name,
                 seconds=tuple(seconds[name]),
                 median_s=medians[name],
                 speedup=speedups[name],
+                base=bases[name],
                 bound=limit,
                 efficiency=efficiency,
                 relative_l2=row.relative_l2,
                 peak_bytes=row.peak_bytes,
                 capture_s=None if eager else row.capture_s,
-                compile_s=max(row.first_s - medians[name], 0.0) if row.built.compiled else None,
-                compile_cached=row.cached if row.built.compiled else None,
+                compile_s=max(row.first_s - medians[name], 0.0) if compiled else None,
+                compile_cached=row.cached if compiled else None,
                 flops=ready[DENSE].built.flops if eager else row.built.flops,
                 sites=row.built.sites,
             )

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bigain_fx.denoiser import OptimizedDenoiser, inspect, optimize
-    from bigain_fx.passes.errors import BigainError, CaptureError, GridError, InputError, MethodError, RewriteError
+    from bigain_fx.deploy import ExportRecord, export_onnx, export_package
+    from bigain_fx.deployed import OrtDenoiser, PackagedDenoiser, load_package
+    from bigain_fx.passes.errors import (
+        BigainError,
+        CaptureError,
+        ExportError,
+        GridError,
+        InputError,
+        MethodError,
+        RewriteError,
+    )
     from bigain_fx.passes.methods import KVDownsample, LaplacianMerge, LinearAlpha, ToDo, ToMe
     from bigain_fx.report import Report
 
@@ -15,8 +25,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "bigain_fx.denoiser": ("OptimizedDenoiser", "inspect", "optimize"),
+    "bigain_fx.deploy": ("ExportRecord", "export_onnx", "export_package"),
+    "bigain_fx.deployed": ("OrtDenoiser", "PackagedDenoiser", "load_package"),
     "bigain_fx.passes.errors": (
-        "BigainError", "CaptureError", "GridError", "InputError", "MethodError", "RewriteError",
+        "BigainError", "CaptureError", "ExportError", "GridError", "InputError", "MethodError", "RewriteError",
     ),
     "bigain_fx.passes.methods": ("KVDownsample", "LaplacianMerge", "LinearAlpha", "ToDo", "ToMe"),
     "bigain_fx.report": ("Report",),
@@ -24,8 +36,9 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "BigainError", "CaptureError", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha",
-    "MethodError", "OptimizedDenoiser", "Report", "RewriteError", "ToDo", "ToMe", "inspect", "optimize",
+    "BigainError", "CaptureError", "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample",
+    "LaplacianMerge", "LinearAlpha", "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "Report",
+    "RewriteError", "ToDo", "ToMe", "export_onnx", "export_package", "inspect", "load_package", "optimize",
 ]  # fmt: skip
 
 

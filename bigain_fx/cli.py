@@ -1,4 +1,4 @@
-"""The command line: ``bigain-fx demo``, ``inspect``, ``bench``."""
+"""The command line: ``bigain-fx demo``, ``inspect``, ``export``, ``bench``."""
 
 from __future__ import annotations
 
@@ -79,6 +79,71 @@ def inspect(
         console.print(table)
 
 
+class Format(StrEnum):
+    """What a denoiser is exported to."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
+
+
+@app.command()
+def export(
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+    format: Annotated[Format, typer.Option(help="an ONNX graph, or a package that AOTInductor compiles")] = Format.onnx,
+    methods: Annotated[str, typer.Option(help=METHODS_HELP + "; ',' lists, a file for each")] = "bigain-tm:0.7",
+    size: Annotated[int | None, typer.Option(help="side of the latent, in pixels")] = None,
+    batch: Annotated[int, typer.Option(help="samples a call")] = 2,
+    dtype: Annotated[Dtype, typer.Option(help="of weights and inputs")] = Dtype.float32,
+    opset: Annotated[int, typer.Option(help="of ONNX's operators, 18 to 23")] = 20,
+    attention: Annotated[str, typer.Option(help="MultiHeadAttention (ONNX Runtime's), or standard")] = (
+        "MultiHeadAttention"
+    ),
+    verify: Annotated[bool, typer.Option(help="run each ONNX file and compare it with torch")] = True,
+    out: Annotated[Path, typer.Option(help="folder for the files")] = Path("bigain-export"),
+    lint_only: Annotated[
+        Path | None, typer.Option(help="export nothing; name what CUDA would leave to the CPU in this ONNX file")
+    ] = None,
+) -> None:
+    """Write MODEL, its attentions compressed, as an ONNX graph or an ahead-of-time compiled package."""
+    if lint_only is not None:
+        raise typer.Exit(_lint(lint_only))
+    if model is None:
+        raise typer.BadParameter("MODEL is missing; name one, or a file with --lint-only", param_hint="MODEL")
+    import torch
+
+    import bigain_fx as bgx
+    from bigain_fx.demo import make_folder
+    from bigain_fx.models import load
+    from bigain_fx.passes.methods import parse_list
+
+    parsed = parse_list(methods)
+    workload = load(model, size=size, batch=batch, dtype=getattr(torch, dtype))
+    make_folder(out)
+    for text, method in parsed.items():
+        path = out / f"{Path(model).name}-{text.replace(':', '-')}.{format}"
+        if format == Format.onnx:
+            print(
+                bgx.export_onnx(
+                    workload.model, workload.args, path, kwargs=workload.kwargs, method=method, opset=opset,
+                    attention=attention, verify=verify,
+                )
+            )  # fmt: skip
+        else:
+            report = bgx.export_package(workload.model, workload.args, path, kwargs=workload.kwargs, method=method)
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; {report.headline}")
+
+
+def _lint(path: Path) -> int:
+    """Print what would fall back; the exit status, 1 if something would."""
+    from bigain_fx.export.lint import lint
+
+    findings = lint(path)
+    for finding in findings:
+        print(f"{finding.node} ({finding.op}): {finding.reason}")
+    print(f"{path}: {len(findings) or 'none'} of the nodes would fall back from CUDA to the CPU")
+    return 1 if findings else 0
+
+
 @app.command()
 def bench(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
@@ -89,6 +154,9 @@ def bench(
     batch: Annotated[int, typer.Option(help="samples a call")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="of weights and inputs")] = Dtype.float32,
+    onnx: Annotated[str, typer.Option(help="what to time through ONNX Runtime too, likewise; '' for nothing")] = (
+        "dense,bigain-tm:0.7"
+    ),
     rounds: Annotated[int, typer.Option(help="interleaved timed rounds")] = 7,
     backend: Annotated[str, typer.Option(help="torch.compile backend, or eager")] = "inductor",
     out: Annotated[Path, typer.Option(help="folder for the JSON and the Markdown")] = Path("bigain-bench"),
@@ -102,13 +170,13 @@ def bench(
     from bigain_fx.passes.errors import InputError
     from bigain_fx.passes.methods import parse_list
 
-    parsed = parse_list(methods)
+    parsed, exported = parse_list(methods), parse_list(onnx) if onnx else {}
     if device not in ("cpu", "cuda"):
         raise InputError(f"device={device!r} must be cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device='cuda': torch sees no CUDA device here; use --device cpu")
     workload = load(model, size=size, batch=batch, device=device, dtype=getattr(torch, dtype))
-    result = run(workload, parsed, rounds=rounds, backend=backend, out=out)
+    result = run(workload, parsed, onnx=exported, rounds=rounds, backend=backend, out=out)
     print(result.to_markdown())
 
 

@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bigain_fx import demo_report, embedded
+from bigain_fx import demo_onnx, demo_report, embedded
 from bigain_fx.classify import classify
 from bigain_fx.demo_report import Variant
 from bigain_fx.denoiser import optimize
+from bigain_fx.deploy import onnx_missing
 from bigain_fx.embedded.data import Digits, digits
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.methods import parse
@@ -80,11 +81,16 @@ def run(out: Path, quick: bool = False, backend: str = "inductor") -> dict[str, 
     make_folder(out)
     _, held_out = digits()
     chosen = Digits(held_out.images[: budget.images], held_out.labels[: budget.images])
+    no_onnx = onnx_missing()
+    if no_onnx:
+        console.print(f"no ONNX rows: {no_onnx}", soft_wrap=True, markup=False)
     with Progress(*COLUMNS, console=console) as progress:
-        measured = {name: measure(name, budget, chosen, backend, progress) for name in budget.models}
+        found = {name: measure(name, budget, chosen, backend, progress, onnx=not no_onnx) for name in budget.models}
+    measured = {name: variants for name, (variants, _) in found.items()}
+    onnx_rows = {name: rows for name, (_, rows) in found.items()}
     seconds = time.perf_counter() - started
     settings = {"quick": quick, "backend": backend, "seed": SEED, **asdict(budget)}
-    summary = demo_report.summarize(measured, chosen.labels, settings, seconds)
+    summary = demo_report.summarize(measured, onnx_rows, chosen.labels, settings | {"no_onnx": no_onnx}, seconds)
     pictures = {name: [variant.generated for variant in variants] for name, variants in measured.items()}
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as staging:
         demo_report.write(Path(staging), summary, pictures)
@@ -95,8 +101,14 @@ def run(out: Path, quick: bool = False, backend: str = "inductor") -> dict[str, 
     return summary
 
 
-def measure(name: str, budget: Budget, data: Digits, backend: str, progress: Progress) -> list[Variant]:
-    """Optimize the embedded denoiser ``name`` by each of :data:`METHODS` and measure the variants side by side."""
+def measure(
+    name: str, budget: Budget, data: Digits, backend: str, progress: Progress, *, onnx: bool
+) -> tuple[list[Variant], list[dict[str, Any]]]:
+    """Optimize the embedded denoiser ``name`` by each of :data:`METHODS` and measure the variants side by side.
+
+    Returns:
+        The variants; and rows of what ONNX Runtime runs, none without ``onnx``.
+    """
     bundle = embedded.load(name)
     generator = torch.Generator().manual_seed(SEED)
     rows = torch.arange(budget.batch) % len(data)
@@ -116,10 +128,18 @@ def measure(name: str, budget: Budget, data: Digits, backend: str, progress: Pro
         compile_seconds.append(time.perf_counter() - started)
         progress.advance(task)
 
-    task = progress.add_task(f"{name}: time", total=(1 + budget.rounds) * len(METHODS))
-    call_seconds = interleaved(
-        [partial(call, variant, progress=partial(progress.advance, task)) for variant in variants], budget.rounds
+    exported = []
+    if onnx:
+        task = progress.add_task(f"{name}: export to ONNX", total=1)
+        exported = demo_onnx.export(bundle, call, (noisy, timesteps, data.labels[rows]))
+        progress.advance(task)
+
+    timed = [*variants, *(item.denoiser for item in exported)]
+    task = progress.add_task(f"{name}: time", total=(1 + budget.rounds) * len(timed))
+    seconds = interleaved(
+        [partial(call, denoiser, progress=partial(progress.advance, task)) for denoiser in timed], budget.rounds
     )
+    call_seconds, onnx_seconds = seconds[: len(variants)], seconds[len(variants) :]
 
     labels = torch.arange(10).repeat(budget.rows)
     noise = torch.randn((len(labels), *bundle.sample_shape), generator=generator)
@@ -144,7 +164,8 @@ def measure(name: str, budget: Budget, data: Digits, backend: str, progress: Pro
     ]  # fmt: skip
     reports = [variant.report for variant in variants]
     columns = zip(METHODS, reports, compile_seconds, call_seconds, outputs, generated, classified, strict=True)
-    return [Variant(*column) for column in columns]
+    measured = [Variant(*column) for column in columns]
+    return measured, demo_onnx.summarize(exported, onnx_seconds, measured)
 
 
 def interleaved(calls: Sequence[Callable[[], object]], rounds: int) -> list[tuple[float, ...]]:

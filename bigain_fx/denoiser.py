@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bigain_fx.capture import CallBinder, Captured, autocast_enabled, capture, flat_tensors, signature_of
+from bigain_fx.capture import CallBinder, autocast_enabled, capture, flat_tensors, signature_of
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
@@ -22,11 +22,17 @@ log = logging.getLogger("bigain_fx")
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One captured, rewritten and compiled graph, for one input signature."""
+class Prepared:
+    """One captured and rewritten graph, for one input signature.
+
+    Attributes:
+        run: takes the flat tensor inputs; the graph itself with the backend ``"eager"``, else what compiles it.
+        out_spec: the pytree of the model's output.
+        report: what was done to its attentions.
+    """
 
     run: Callable[..., Any]
-    captured: Captured
+    out_spec: pytree.TreeSpec
     report: Report
 
 
@@ -53,8 +59,8 @@ class OptimizedDenoiser(nn.Module):
         self.original, self.methods = model, methods
         self._backend, self._grid, self._mode, self._options = backend, grid, mode, options
         self._binder = CallBinder(model)
-        self._entries: dict[tuple[Any, ...], _Entry] = {}
-        self._latest: _Entry | None = None
+        self._entries: dict[tuple[Any, ...], Prepared] = {}
+        self._latest: Prepared | None = None
         self.eval()
 
     @property
@@ -68,10 +74,10 @@ class OptimizedDenoiser(nn.Module):
             raise InputError("report: nothing was captured yet; call the model, or give optimize() example inputs")
         return self._latest.report
 
-    def prepare(self, *args: Any, **kwargs: Any) -> None:
+    def prepare(self, *args: Any, **kwargs: Any) -> Prepared:
         """Capture and rewrite the graph for these inputs, unless it is there; it is compiled when first called."""
         arguments, _ = self._binder.bind(args, kwargs)
-        self._entry(arguments)
+        return self._entry(arguments)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the denoiser; arguments and result are those of the original's ``forward``.
@@ -86,12 +92,12 @@ class OptimizedDenoiser(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             # Tensors made in inference mode would recompile the graph; a copy made outside of it does not.
             inputs = [tensor.clone() if tensor.is_inference() else tensor for tensor in flat_tensors(arguments)]
-            output = pytree.tree_unflatten(entry.run(*inputs), entry.captured.out_spec)
+            output = pytree.tree_unflatten(entry.run(*inputs), entry.out_spec)
         if wants_class or isinstance(output, tuple):
             return output
         return tuple(output.values())
 
-    def _entry(self, arguments: Mapping[str, Any]) -> _Entry:
+    def _entry(self, arguments: Mapping[str, Any]) -> Prepared:
         key = signature_of(arguments)
         if key not in self._entries:
             self._check(arguments)
@@ -103,7 +109,7 @@ class OptimizedDenoiser(nn.Module):
         self._latest = self._entries[key]
         return self._latest
 
-    def _build(self, arguments: Mapping[str, Any]) -> _Entry:
+    def _build(self, arguments: Mapping[str, Any]) -> Prepared:
         captured = capture(self.original, arguments)
         rewritten = rewrite(captured.module, self.methods, self._grid)
         report = Report.of(self._name, self.methods, rewritten)
@@ -114,7 +120,7 @@ class OptimizedDenoiser(nn.Module):
             run = torch.compile(
                 run, fullgraph=True, dynamic=False, backend=self._backend, mode=self._mode, options=options
             )
-        return _Entry(run, captured, report)
+        return Prepared(run, captured.out_spec, report)
 
     def _check(self, arguments: Mapping[str, Any]) -> None:
         """Refuse what would give a wrong answer or a traceback from inside the graph."""

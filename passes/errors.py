@@ -25,3 +25,7 @@ class CaptureError(BigainError, RuntimeError):
 
 class InputError(BigainError, ValueError):
     """Arguments that the denoiser cannot be called with, or optimized for."""
+
+
+class ExportError(BigainError, RuntimeError):
+    """A graph that cannot be exported, or an exported file that is wrong, cut short or not one of ours."""

@@ -53,6 +53,12 @@ def test_leaves_a_report_whose_numbers_agree(tmp_path: Path, capsys: pytest.Capt
     assert downsampled["output_db"] > 0
     assert [site["action"] for site in merged["sites"]["sites"]] == ["merge"]
     assert [site["action"] for site in downsampled["sites"]["sites"]] == ["kv"]
+    assert [row["method"] for row in model["onnx"]] == ["dense", "bigain-tm:0.7"]
+    assert model["onnx"][0]["speedup"] == 1
+    for row in model["onnx"]:
+        assert row["output_db"] > 80
+        assert len(row["call_seconds"]) == TINY.rounds
+        assert "| " + " | ".join(demo_report.onnx_cells(row)) + " |" in text
     assert "a quick run without mnist-unet" in text
     assert "bigain-fx bench sd2" in text
     assert all(f"]({name})" in text for name in PICTURES)
@@ -60,12 +66,16 @@ def test_leaves_a_report_whose_numbers_agree(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_every_variant_starts_from_the_same_noise_and_pairs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And without the packages for ONNX, a line says so."""
+    monkeypatch.setattr(demo, "onnx_missing", lambda: "onnx is not installed")
     monkeypatch.setattr(demo, "QUICK", TINY)
     monkeypatch.setattr(demo, "METHODS", ("dense", "dense"))
     bundle = untrained("mnist-dit")
     monkeypatch.setattr(embedded, "load", lambda name: bundle)
     (model,) = demo.run(tmp_path, quick=True, backend="eager")["models"]
     first, second = model["variants"]
+    assert model["onnx"] == []
+    assert "No ONNX rows: onnx is not installed." in (tmp_path / "report.md").read_text()
     assert first["predicted"] == second["predicted"]
     assert (second["images_db"], second["output_db"]) == (None, None)
 

@@ -14,14 +14,19 @@ import bigain_fx
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "passes": {"bigain_fx.passes", "torch"},
-    "bigain_fx": {"bigain_fx", "torch", "diffusers", "rich", "typer", "safetensors", "matplotlib", "mlxtend", "numpy"},
-    "bench": {"bigain_fx", "torch", "diffusers", "rich", "numpy"},
-}
+    "export": {"bigain_fx.export", "bigain_fx.passes", "torch", "numpy", "onnx", "onnx_ir", "onnxscript",
+               "onnxruntime"},
+    "bigain_fx": {
+        "bigain_fx", "torch", "diffusers", "rich", "typer", "safetensors", "matplotlib", "mlxtend", "numpy",
+        "onnxruntime",
+    },
+    "bench": {"bigain_fx", "torch", "diffusers", "rich", "numpy", "onnxruntime"},
+}  # fmt: skip
 
 
 def sources(folder: str) -> list[Path]:
-    return [path for path in (ROOT / folder).rglob("*.py") if not path.is_relative_to(ROOT / "bigain_fx" / "passes")
-            and not path.is_relative_to(ROOT / "bigain_fx" / "bench")]  # fmt: skip
+    links = [ROOT / "bigain_fx" / name for name in ("passes", "export", "bench")]
+    return [path for path in (ROOT / folder).rglob("*.py") if not any(map(path.is_relative_to, links))]
 
 
 def imports(path: Path) -> set[str]:
@@ -104,8 +109,10 @@ print([i for i, (a, b) in enumerate(zip(before, after)) if a != b])
 
 def test_the_public_api() -> None:
     assert sorted(bigain_fx.__all__) == [
-        "BigainError", "CaptureError", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha",
-        "MethodError", "OptimizedDenoiser", "Report", "RewriteError", "ToDo", "ToMe", "inspect", "optimize",
+        "BigainError", "CaptureError", "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample",
+        "LaplacianMerge", "LinearAlpha", "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser",
+        "Report", "RewriteError", "ToDo", "ToMe", "export_onnx", "export_package", "inspect", "load_package",
+        "optimize",
     ]  # fmt: skip
     for name in bigain_fx.__all__:
         assert getattr(bigain_fx, name).__doc__, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,10 +33,11 @@ def stable_diffusion() -> Any:
 
 def run(pipe: Any, steps: int) -> torch.Tensor:
     torch.manual_seed(0)
-    prompt, negative = torch.randn(1, 5, 16), torch.randn(1, 5, 16)
+    dtype = pipe.unet.dtype
+    prompt, negative = torch.randn(1, 5, 16).to(dtype), torch.randn(1, 5, 16).to(dtype)
     images: torch.Tensor = pipe(
         prompt_embeds=prompt, negative_prompt_embeds=negative, num_inference_steps=steps, guidance_scale=5.0, height=8,
-        width=8, output_type="latent", latents=torch.randn(1, 4, 8, 8),
+        width=8, output_type="latent", latents=torch.randn(1, 4, 8, 8).to(dtype),
     ).images  # fmt: skip
     return images
 
@@ -79,3 +81,37 @@ def test_the_pipeline_saves_the_original(tmp_path: Any) -> None:
     again = type(original).from_pretrained(tmp_path)
     for name, tensor in original.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_twenty_guided_steps_through_onnx_runtime(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The loop is the same, so what differs is the denoiser, twenty times over, near-ties of plans included."""
+    pipe = stable_diffusion().to(dtype)
+    original = pipe.unet
+    inputs = {
+        "sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor(1), "encoder_hidden_states": torch.randn(2, 5, 16)
+    }  # fmt: skip
+    bgx.export_onnx(original, (), tmp_path / "unet.onnx", kwargs=inputs, method=SCHEDULED, dtype=dtype)
+    pipe.unet = bgx.optimize(original, method=SCHEDULED, backend="eager")
+    expected = run(pipe, 20)
+    pipe.unet = bgx.OrtDenoiser(tmp_path / "unet.onnx")
+    found = run(pipe, 20)
+    assert found.dtype == dtype
+    assert torch.isfinite(found).all()
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert -20 * error.log10() >= 30
+
+
+def test_a_class_conditional_pipeline_through_onnx_runtime(tmp_path: Path) -> None:
+    pipe: Any = DiTPipeline(transformer=dit(1000), vae=vae(), scheduler=DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    inputs = {"timestep": torch.tensor([1, 1]), "class_labels": torch.tensor([1, 1000])}
+    sample, path = torch.randn(2, 4, 16, 16), tmp_path / "dit.onnx"
+    bgx.export_onnx(pipe.transformer, (sample,), path, kwargs=inputs, method=SCHEDULED)
+    images = []
+    for denoiser in (bgx.optimize(pipe.transformer, method=SCHEDULED, backend="eager"), bgx.OrtDenoiser(path)):
+        pipe.transformer = denoiser
+        generator = torch.Generator().manual_seed(0)
+        call = pipe(class_labels=[1], num_inference_steps=3, output_type="np", generator=generator)
+        images.append(torch.from_numpy(call.images))
+    assert (images[0] - images[1]).abs().max() < 1e-3

@@ -1,0 +1,312 @@
+"""``export_onnx`` and ``export_package``: the graph that ``optimize`` compiles, as a file."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+import bigain_fx
+from bigain_fx.capture import CallBinder, flat_tensors
+from bigain_fx.denoiser import optimize
+from bigain_fx.export.interface import Interface, describe
+from bigain_fx.passes.errors import ExportError, InputError
+from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.kv import TIMESTEP_INPUTS
+from bigain_fx.passes.methods import Method, Methods, normalize, parse
+from bigain_fx.report import Report
+
+if TYPE_CHECKING:
+    from bigain_fx.export.verify import Deviation
+
+Example = tuple[tuple[Any, ...], Mapping[str, Any]]
+DTYPES = (torch.float32, torch.float16)
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One exported graph.
+
+    Attributes:
+        path: of the file.
+        operators: how many nodes of each there are; those outside of ONNX's own domain as ``domain::Name``.
+        deviations: of each output from torch's, given equal plans; empty where nothing was verified.
+        plan_agreement: share of tokens that torch's own plans put into the same group; None without plans.
+        report: what was done to the attentions.
+    """
+
+    path: Path
+    operators: Mapping[str, int]
+    deviations: tuple[Deviation, ...]
+    plan_agreement: float | None
+    report: Report
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """What :func:`export_onnx` wrote.
+
+    Attributes:
+        graphs: one per entry of the example inputs.
+        opset: of the standard operators.
+        bytes: of all files, shared weights counted once.
+        seconds: from the call to the files, verification included.
+    """
+
+    graphs: tuple[GraphRecord, ...]
+    opset: int
+    bytes: int
+    seconds: float
+
+    @property
+    def operators(self) -> Mapping[str, int]:
+        """Operators of all graphs together."""
+        return sum((Counter(graph.operators) for graph in self.graphs), Counter[str]())
+
+    @property
+    def deviations(self) -> tuple[Deviation, ...]:
+        """Deviations of all graphs."""
+        return tuple(deviation for graph in self.graphs for deviation in graph.deviations)
+
+    def __str__(self) -> str:
+        lines = [f"opset {self.opset}, {self.bytes / 1e6:.1f} MB, {self.seconds:.0f} s"]
+        for graph in self.graphs:
+            ours = [f"{count} {name}" for name, count in graph.operators.items() if name.startswith("bigain::")]
+            lines.append(f"{graph.path}: {sum(graph.operators.values())} nodes, {', '.join(ours) or 'none of ours'}")
+            for found in graph.deviations:
+                db = "exact" if found.db is None else f"{found.db:.0f} dB"
+                lines.append(f"  {found.name}: {found.relative_l2:.1e} relative L2, {found.max_abs:.1e} at most, {db}")
+            if graph.plan_agreement is not None:
+                lines.append(f"  plans agree with torch's on {graph.plan_agreement:.2%} of the tokens")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A rewritten graph, the inputs that it was captured with, and what the file will say of it."""
+
+    module: GraphModule
+    inputs: list[Tensor]
+    interface: Interface
+    report: Report
+
+
+def export_onnx(
+    model: nn.Module,
+    args: tuple[Any, ...] | None,
+    path: str | Path,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    method: Method | Iterable[Method] | None,
+    dtype: torch.dtype | None = None,
+    grid: Grid | None = None,
+    opset: int = 20,
+    attention: str = "MultiHeadAttention",
+    example_inputs: Sequence[Example] | None = None,
+    verify: bool = True,
+) -> ExportRecord:
+    """Write the rewritten graph of a denoiser as ONNX, its operators as functions of the domain ``bigain``.
+
+    Timesteps become float32 inputs, which hold integers and fractions alike. Up to 2 GB, the weights are in the file;
+    above, in one beside it.
+
+    Args:
+        model: a denoiser in eval mode; it is left as it is.
+        args, kwargs: example inputs, as for :func:`bigain_fx.optimize`; the shapes of the graph are theirs.
+        path: ends in ``.onnx``.
+        method: as for :func:`bigain_fx.optimize`; ``()`` for the dense graph.
+        dtype: of weights and floating inputs, ``torch.float32`` or ``torch.float16``; the model's own by default.
+        grid: as for :func:`bigain_fx.optimize`.
+        opset: of the standard operators, 18 to 23.
+        attention: ``"MultiHeadAttention"``, ONNX Runtime's own operator, or ``"standard"`` for any runtime:
+            ``Attention`` from opset 23 on, ``MatMul`` and ``Softmax`` below.
+        example_inputs: several ``(args, kwargs)`` in the place of ``args`` and ``kwargs``: one graph is written for
+            each, its name that of ``path`` with the shape of the first input; all share one weight file.
+        verify: run each file on the CPU and compare it with torch.
+
+    Raises:
+        InputError: ``path``, ``dtype``, ``opset``, ``attention`` or the inputs are none of these; no onnx here.
+        ExportError: torch cannot export the graph, an output is not finite or deviates from torch's, or the files
+            cannot be written. Files that were there before are still there, and nothing else.
+        BigainError: what :func:`bigain_fx.optimize` raises.
+    """
+    started = time.perf_counter()
+    if reason := onnx_missing():
+        raise InputError(reason)
+    from bigain_fx.export import files
+    from bigain_fx.export.onnx_graph import ATTENTIONS, OPSETS, to_onnx
+    from bigain_fx.export.verify import verify as verify_file
+
+    target = _check_path(path, ".onnx")
+    if opset not in OPSETS:
+        raise InputError(f"opset={opset!r} must be from {OPSETS[0]} to {OPSETS[-1]}")
+    if attention not in ATTENTIONS:
+        raise InputError(f"attention={attention!r} must be one of {', '.join(ATTENTIONS)}")
+    examples = _examples(args, kwargs, example_inputs)
+    versions = {"opset": str(opset)}
+    cast = _cast(model, dtype)
+    _check_dtypes(cast)
+    traced = [_trace(cast, *example, normalize(method), grid, dtype, versions) for example in examples]
+    names = _file_names(target, traced) if example_inputs is not None else [target.name]
+    models = {}
+    for name, graph in zip(names, traced, strict=True):
+        models[name] = to_onnx(
+            graph.module, graph.inputs, opset=opset, attention=attention,
+            input_names=[port.name for port in graph.interface.inputs],
+            output_names=[port.name for port in graph.interface.outputs],
+        )  # fmt: skip
+        models[name].metadata_props.update(graph.interface.to_metadata())
+    records = []
+    with files.staging(target.parent) as folder:
+        files.save(models, folder, target.stem)
+        for name, graph in zip(names, traced, strict=True):
+            files.check(folder / name)
+            found = verify_file(folder / name, graph.module, graph.inputs, graph.interface) if verify else None
+            records.append(
+                GraphRecord(
+                    target.parent / name, _operators(models[name]), found.deviations if found else (),
+                    found.plan_agreement if found else None, graph.report,
+                )
+            )  # fmt: skip
+        size = files.publish(folder, target.parent)
+    return ExportRecord(tuple(records), opset, size, time.perf_counter() - started)
+
+
+def export_package(
+    model: nn.Module,
+    args: tuple[Any, ...] | None,
+    path: str | Path,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    method: Method | Iterable[Method] | None,
+    dtype: torch.dtype | None = None,
+    grid: Grid | None = None,
+) -> Report:
+    """Compile the rewritten graph of a denoiser ahead of time, with AOTInductor, for the device that it is on.
+
+    :func:`bigain_fx.load_package` runs it in another process, without tracing or compiling.
+
+    Args:
+        model, args, kwargs, method, grid: as for :func:`export_onnx`.
+        path: ends in ``.pt2``.
+        dtype: of weights and floating inputs; the model's own by default.
+
+    Raises:
+        InputError: ``path``, ``dtype`` or the inputs are none of these.
+        ExportError: the graph does not compile, or the file cannot be written; one that was there before still is.
+        BigainError: what :func:`bigain_fx.optimize` raises.
+    """
+    from bigain_fx.export.package import write_package
+
+    target = _check_path(path, ".pt2")
+    traced = _trace(_cast(model, dtype), args or (), kwargs or {}, normalize(method), grid, dtype, {})
+    try:
+        with torch.no_grad():
+            program = torch.export.export(traced.module, tuple(traced.inputs), strict=False)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"torch.export cannot capture the rewritten graph: {first[:300]}") from error
+    write_package(program, target, traced.interface.to_metadata())
+    return traced.report
+
+
+def _trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], methods: Methods, grid: Grid | None,
+    dtype: torch.dtype | None, versions: Mapping[str, str],
+) -> _Traced:  # fmt: skip
+    fast = optimize(model, method=methods, backend="eager", grid=grid)
+    binder = CallBinder(model)
+    arguments, _ = binder.bind(args, kwargs)
+    floating = pytree.tree_map_only(Tensor, lambda tensor: _to(tensor, dtype), arguments)
+    arguments = {
+        name: value.float() if name in TIMESTEP_INPUTS and isinstance(value, Tensor) else floating[name]
+        for name, value in arguments.items()
+    }
+    prepared = fast.prepare(**arguments)
+    module = prepared.run
+    assert isinstance(module, GraphModule)
+    outputs = [node.meta["val"] for node in module.graph.output_node().args[0]]  # type: ignore[union-attr]
+    grids = [site.grid for site in prepared.report.sites if site.grid]
+    interface = describe(
+        model, binder.signature, arguments, prepared.out_spec, outputs, _text(methods),
+        max(grids, key=lambda sides: sides[0] * sides[1], default=None),
+        {"bigain_fx": bigain_fx.__version__, "torch": torch.__version__, **versions},
+    )  # fmt: skip
+    inputs = [tensor.contiguous() for tensor in flat_tensors(arguments)]
+    return _Traced(module, inputs, interface, prepared.report)
+
+
+def _to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
+def _cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """``model`` itself if its weights have ``dtype``, else a copy of it that does."""
+    held = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if dtype is None or held <= {dtype}:
+        return model
+    return nn.Module.to(copy.deepcopy(model), dtype)
+
+
+def _check_dtypes(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype not in DTYPES:
+            raise InputError(
+                f"dtype {parameter.dtype} is not exported to ONNX: ONNX Runtime has no such Conv on the CPU, and "
+                "on CUDA no such TopK, ArgMin, ReduceSum, Pad or Resize; use dtype=torch.float16 or torch.float32"
+            )
+
+
+def _text(methods: Methods) -> str:
+    """In the text grammar if that tells all of it, else as Python."""
+    text = "+".join(map(str, methods)) or "dense"
+    return text if parse(text) == methods else ", ".join(map(repr, methods))
+
+
+def _operators(model: Any) -> dict[str, int]:
+    names = (f"{node.domain}::{node.op_type}" if node.domain else str(node.op_type) for node in model.graph)
+    return dict(sorted(Counter(names).items()))
+
+
+def _examples(
+    args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None, example_inputs: Sequence[Example] | None
+) -> list[Example]:
+    if example_inputs is None:
+        return [(args or (), kwargs or {})]
+    if args or kwargs:
+        raise InputError("example_inputs is given beside args or kwargs; give one of them")
+    if not example_inputs:
+        raise InputError("example_inputs is empty; give one (args, kwargs) for each size")
+    return list(example_inputs)
+
+
+def _file_names(target: Path, traced: Sequence[_Traced]) -> list[str]:
+    names = [f"{target.stem}-{'x'.join(map(str, graph.interface.inputs[0].shape))}.onnx" for graph in traced]
+    if len(set(names)) < len(names):
+        raise InputError(f"example_inputs has two of one size among {names}; the first input's shape names the file")
+    return names
+
+
+def _check_path(path: str | Path, suffix: str) -> Path:
+    target = Path(path)
+    if target.suffix != suffix or not target.parent.is_dir():
+        raise InputError(f"path={str(path)!r} must end in {suffix}, in a folder that is there")
+    return target
+
+
+def onnx_missing() -> str | None:
+    """What ONNX export lacks here and how to get it, in a sentence, or None."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if not missing:
+        return None
+    return f"{missing[0]} is not installed; pip install 'bigain-fx[onnx]', or 'bigain-fx[onnx-gpu]' for CUDA"

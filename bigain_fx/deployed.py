@@ -1,0 +1,222 @@
+"""Exported denoisers, called exactly as the originals are: in a diffusers pipeline's place for the U-Net, say."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from bigain_fx.export.interface import Interface, Port
+from bigain_fx.export.package import Package
+from bigain_fx.export.session import Provider, Session
+from bigain_fx.passes.errors import ExportError, InputError
+
+File = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One exported graph: its flat inputs to its flat outputs."""
+
+    interface: Interface
+    run: Callable[[list[Tensor]], list[Tensor]]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return self.interface.inputs[0].shape
+
+
+class DeployedDenoiser(nn.Module):
+    """A denoiser that runs exported graphs; it is called as the original is, and holds no parameters.
+
+    What pipelines read of the original is here too: ``config``, ``dtype``, ``device``, ``add_embedding`` (SDXL) and
+    ``cache_context`` (Flux), and every entry of the config as an attribute.
+
+    Attributes:
+        interface: what the graph takes, gives and was made from; of several graphs, the first one's.
+        config: the original's.
+        device: where it runs, and its inputs must be.
+    """
+
+    def __init__(self, graphs: Sequence[_Graph], device: torch.device) -> None:
+        super().__init__()
+        self.interface, self.device = graphs[0].interface, device
+        self.config = FrozenDict(self.interface.config)
+        self._graphs = {graph.size: graph for graph in graphs}
+        self.training = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating input, the sample."""
+        dtypes = [port.torch_dtype for port in self.interface.inputs]
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+    @property
+    def add_embedding(self) -> Any:
+        """What SDXL's pipelines read of it: ``add_embedding.linear_1.in_features``."""
+        if "projection_class_embeddings_input_dim" not in self.config:
+            raise AttributeError(f"{self.interface.model} has no add_embedding")
+        size = self.config["projection_class_embeddings_input_dim"]
+        return SimpleNamespace(linear_1=SimpleNamespace(in_features=size))
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Nothing is cached between steps, under any ``name``; pipelines enter this around each call."""
+        return nullcontext()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph; arguments are those of the original's ``forward``.
+
+        Returns:
+            The original's output, by field and by index; with ``return_dict=False`` a tuple.
+
+        Raises:
+            InputError: arguments that the graph does not take, see :meth:`Interface.bind`, or that require gradients.
+        """
+        arguments = self.interface.arguments(args, kwargs)
+        graph = self._choose(arguments)
+        inputs = graph.interface.bind((), arguments, self.device)
+        for port, tensor in zip(graph.interface.inputs, inputs, strict=True):
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise InputError(f"{port.key} requires gradients, which an exported graph does not give; detach it")
+        with torch.inference_mode(False), torch.no_grad():
+            output = graph.interface.output(graph.run(inputs))
+        if not isinstance(output, dict):
+            return output
+        return _output_class(tuple(output))(**output) if arguments.get("return_dict", True) else tuple(output.values())
+
+    def _choose(self, arguments: Mapping[str, Any]) -> _Graph:
+        first = self.interface.inputs[0]
+        sample = arguments.get(str(first.path[0]))
+        if len(self._graphs) == 1 or not isinstance(sample, Tensor):
+            return next(iter(self._graphs.values()))
+        if graph := self._graphs.get(tuple(sample.shape)):
+            return graph
+        sizes = " or ".join(map(str, sorted(self._graphs)))
+        raise InputError(
+            f"{first.key} has shape {tuple(sample.shape)}, there are graphs for {sizes}; export that size too with "
+            "example_inputs="
+        )
+
+    def train(self, mode: bool = True) -> DeployedDenoiser:
+        """Stay in eval mode.
+
+        Raises:
+            InputError: ``mode`` is True.
+        """
+        if mode:
+            raise InputError("an exported denoiser cannot train; train the original, then export it again")
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeployedDenoiser:
+        """Behind ``to``, ``half``, ``cuda``, ...: the graph stays where and what it is, so the rest is refused."""
+        try:
+            moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+            place = f"{moved.dtype} on {moved.device}"
+        except (AssertionError, RuntimeError) as error:
+            place = str(error)
+        here = f"{self.dtype} on {self.device}"
+        if place != here:
+            raise InputError(f"an exported denoiser stays {here}, it cannot become {place}; export or load it for that")
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            config = self.__dict__.get("config", {})
+            if name not in config:
+                raise
+            return config[name]
+
+    def extra_repr(self) -> str:
+        """Model, method, sizes and device, for ``print``."""
+        return f"{self.interface.model}, {self.interface.method}, {sorted(self._graphs)}, {self.device}"
+
+
+class OrtDenoiser(DeployedDenoiser):
+    """A denoiser of ONNX files, run by ONNX Runtime.
+
+    Args:
+        path: a file of ``export_onnx``, or several of one model at different sizes. The first input's shape chooses
+            among them. Each holds the weights in memory once.
+        providers: execution providers in order of preference, each a name or ``(name, options)``; by default CUDA where
+            torch and ONNX Runtime both have it, then the CPU.
+        session_options: an ``onnxruntime.SessionOptions``, for threads and the like.
+
+    Raises:
+        ExportError: a file that is missing, cut short, not one of ours, or of another model than the first.
+        InputError: no file, two for one size, no ONNX Runtime, or a provider that is not to be had.
+    """
+
+    def __init__(
+        self, path: File | Sequence[File], providers: Sequence[Provider] | None = None, session_options: Any = None
+    ) -> None:
+        paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+        if not paths:
+            raise InputError("path is empty; give a file of export_onnx, or several")
+        sessions = [Session(each, providers, session_options) for each in paths]
+        graphs = [_ort_graph(session) for session in sessions]
+        for session, graph in zip(sessions, graphs, strict=True):
+            if _identity(graph.interface) != _identity(graphs[0].interface):
+                raise ExportError(f"{session.path} is of another model or method than {sessions[0].path}")
+        if len({graph.size for graph in graphs}) < len(graphs):
+            raise InputError(
+                f"path={list(map(str, paths))} has two graphs for one size of {sorted(g.size for g in graphs)}"
+            )
+        super().__init__(graphs, sessions[0].device)
+
+
+class PackagedDenoiser(DeployedDenoiser):
+    """A denoiser of an AOTInductor package, compiled ahead of time; see :func:`load_package`."""
+
+    def __init__(self, path: File) -> None:
+        package = Package(path)
+        super().__init__([_Graph(package.interface, package.run)], package.device)
+
+
+def load_package(path: File) -> PackagedDenoiser:
+    """Load a package of ``export_package``; nothing is traced or compiled.
+
+    Loading runs the machine code in the file: load only what you trust.
+
+    Raises:
+        ExportError: a file that is missing, cut short, not one of ours, or that torch cannot load.
+        InputError: it was compiled for a device that torch does not see.
+    """
+    return PackagedDenoiser(path)
+
+
+def _ort_graph(session: Session) -> _Graph:
+    try:
+        interface = Interface.from_metadata(session.metadata)
+    except ExportError as error:
+        raise ExportError(f"{session.path}: {error}") from None
+    session.check(interface)
+    outputs = [(port.shape, port.torch_dtype) for port in interface.outputs]
+    return _Graph(interface, lambda inputs: session.run(inputs, outputs))
+
+
+def _identity(interface: Interface) -> tuple[Any, ...]:
+    """What graphs of one model have in common at every size."""
+
+    def ports(side: Sequence[Port]) -> list[tuple[Any, ...]]:
+        return [(port.path, port.dtype) for port in side]
+
+    same = (interface.model, interface.method, interface.parameters, dict(interface.config), dict(interface.constants))
+    return (*same, ports(interface.inputs), ports(interface.outputs))
+
+
+@functools.cache
+def _output_class(fields: tuple[str, ...]) -> type[BaseOutput]:
+    """An output class as diffusers has them. The original's is not imported: a file must not name code to run."""
+    return dataclasses.make_dataclass("DenoiserOutput", [(name, Any, None) for name in fields], bases=(BaseOutput,))

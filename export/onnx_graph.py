@@ -1,0 +1,244 @@
+"""From a rewritten graph to an ONNX model in which the operators are functions of the domain ``bigain``.
+
+::
+
+    torch.ops.bigain.merge(x, assign, groups)      ->      bigain::Merge(x, assign) <groups, block>
+
+torch's exporter inlines every function that it is given. So each operator is exported as one symbolic node, and the
+bodies of :mod:`bigain_fx.export.functions` are attached afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+from torch.onnx import ops as symbolic_ops
+
+from bigain_fx.export.functions import DOMAIN, FUNCTIONS, VERSION
+from bigain_fx.passes.errors import ExportError
+from bigain_fx.passes.sites import SDPA, module_name
+
+aten, bigain = torch.ops.aten, torch.ops.bigain
+OPSETS = range(18, 24)
+ATTENTIONS = ("MultiHeadAttention", "standard")
+_EXPORTER_LOG = "torch.onnx._internal.exporter._registration"
+
+
+def to_onnx(
+    module: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    opset: int,
+    attention: str,
+) -> ir.Model:
+    """Translate ``module``, which takes ``inputs`` by position and returns a sequence of tensors.
+
+    Args:
+        module: a graph as :func:`bigain_fx.passes.pipeline.rewrite` returns it.
+        inputs: one tensor per input, of the static shapes and dtypes of the graph.
+        input_names, output_names: of the ONNX graph's.
+        opset: of the standard operators, 18 to 23.
+        attention: ``"MultiHeadAttention"`` makes one ``com.microsoft`` node of every unmasked attention;
+            ``"standard"`` leaves it to the opset: ``Attention`` from 23 on, ``MatMul`` and ``Softmax`` below.
+
+    Raises:
+        ExportError: torch's exporter cannot translate the graph; its error is chained.
+    """
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(_Symbolic(module, attention), tuple(inputs), strict=False)
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=opset, input_names=list(input_names),
+                output_names=list(output_names), optimize=True, verbose=False,
+            )  # fmt: skip
+    except Exception as error:
+        cause = error.__cause__ or error
+        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise ExportError(f"torch.onnx cannot export the graph at opset {opset}: {first[:300]}") from error
+    assert exported is not None
+    model = exported.model
+    _clean(model)
+    _attach(model)
+    return model
+
+
+class _Symbolic(nn.Module):
+    """Runs a graph with each operator of ours, and each plain attention, as one symbolic ONNX node."""
+
+    def __init__(self, module: fx.GraphModule, attention: str) -> None:
+        super().__init__()
+        self.module = module
+        self._table = dict(_TABLE)
+        if attention == "MultiHeadAttention":
+            self._table[SDPA] = _attention
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The flat outputs for the flat inputs."""
+        return _Interpreter(self.module, self._table).run(*inputs)
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, table: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__(module)
+        self._table, self._where = table, dict[str, str]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._where = {"module": module_name(n)}
+        return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        emit = self._table.get(target)
+        found = emit(self._where, *args, **kwargs) if emit else NotImplemented
+        return super().call_function(target, args, kwargs) if found is NotImplemented else found
+
+
+def _merge_plan(
+    where: dict[str, str], metric: Tensor, grid: list[int], cell: list[int], merged: int, position: Tensor | None = None
+) -> Sequence[Tensor]:
+    batch, tokens, _ = metric.shape
+    name, inputs = ("LaplacianMergePlan", [metric]) if position is None else ("MergePlan", [metric, position[None]])
+    return symbolic_ops.symbolic_multi_out(
+        f"{DOMAIN}::{name}", inputs, {"grid": list(grid), "cell": list(cell), "merged": merged},
+        dtypes=[torch.int64, torch.int64], shapes=[(batch, tokens), (batch, tokens - merged)], version=VERSION,
+        metadata_props=where,
+    )  # fmt: skip
+
+
+def _merge(where: dict[str, str], x: Tensor, assign: Tensor, groups: int) -> Tensor:
+    attributes = {"groups": groups, "block": _block(x.shape[1])}
+    return _emit("Merge", [x, assign], attributes, x.dtype, (x.shape[0], groups, x.shape[2]), where)
+
+
+def _block(tokens: int) -> int:
+    """The divisor of ``tokens`` next to its square root: prefix sums over blocks and within them are as short."""
+    return max(size for size in range(1, math.isqrt(tokens) + 1) if tokens % size == 0)
+
+
+def _unmerge(where: dict[str, str], y: Tensor, assign: Tensor) -> Tensor:
+    return _emit("Unmerge", [y, assign], {}, y.dtype, (*assign.shape, y.shape[2]), where)
+
+
+def _kv_downsample(where: dict[str, str], x: Tensor, alpha: float | Tensor, grid: list[int], factor: int) -> Tensor:
+    weight = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float32)
+    shape = (x.shape[0], x.shape[1] // factor**2, x.shape[2])
+    return _emit("KVDownsample", [x, weight], {"grid": list(grid), "factor": factor}, x.dtype, shape, where)
+
+
+def _linear_alpha(
+    where: dict[str, str], timestep: Tensor, batch: int, noisy: float, clean: float, t_noisy: float, t_clean: float
+) -> Tensor:
+    attributes = {"batch": batch, "noisy": noisy, "clean": clean, "t_noisy": t_noisy, "t_clean": t_clean}
+    return _emit("LinearAlpha", [timestep], attributes, torch.float32, (batch,), where)
+
+
+def _attention(
+    where: dict[str, str], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
+    causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    """``com.microsoft::MultiHeadAttention`` of ``(B, H, S, D)`` operands; not of a masked, causal or grouped one."""
+    if mask is not None or causal or q.ndim != 4 or q.shape[:2] != k.shape[:2]:
+        return NotImplemented
+    heads = q.shape[1]
+    flat = [operand.transpose(1, 2).flatten(2) for operand in (q, k, v)]
+    attributes = {"num_heads": heads} | ({} if scale is None else {"scale": scale})
+    shape = (*flat[0].shape[:2], flat[2].shape[2])
+    out = _emit("MultiHeadAttention", flat, attributes, q.dtype, shape, where, "com.microsoft")
+    return out.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _cat(where: dict[str, str], tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Torch promotes what it concatenates, ``Concat`` does not, and the exporter leaves that to it (2.13)."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return torch.cat([tensor.to(dtype) for tensor in tensors], dim)
+
+
+def _squeeze(where: dict[str, str], x: Tensor, dim: int) -> Tensor:
+    """Torch keeps a dimension that is not 1, ``Squeeze`` refuses it, and the exporter leaves that to it (2.13)."""
+    return x.squeeze(dim) if x.shape[dim] == 1 else x
+
+
+def _emit(
+    name: str, inputs: list[Tensor], attributes: Mapping[str, Any], dtype: torch.dtype, shape: Sequence[int],
+    where: dict[str, str], domain: str = DOMAIN,
+) -> Tensor:  # fmt: skip
+    return symbolic_ops.symbolic(
+        f"{domain}::{name}", inputs, dict(attributes), dtype=dtype, shape=shape, version=VERSION, metadata_props=where
+    )
+
+
+_TABLE: dict[Any, Callable[..., Any]] = {
+    bigain.merge_plan.default: _merge_plan,
+    bigain.merge.default: _merge,
+    bigain.unmerge.default: _unmerge,
+    bigain.kv_downsample.default: _kv_downsample,
+    bigain.kv_downsample.Tensor: _kv_downsample,
+    bigain.linear_alpha.default: _linear_alpha,
+    aten.cat.default: _cat,
+    aten.concat.default: _cat,
+    aten.squeeze.dim: _squeeze,
+}
+
+
+def _clean(model: ir.Model) -> None:
+    """Drop torch's stack traces, which hold paths of the machine; name the weights as the model does."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        module = node.metadata_props.get("module")
+        node.metadata_props.clear()
+        if module:
+            node.metadata_props["module"] = module
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for name in list(model.graph.initializers):
+        if name.startswith("module."):
+            value = model.graph.initializers.pop(name)
+            value.name = name.removeprefix("module.")
+            model.graph.register_initializer(value)
+
+
+def _attach(model: ir.Model) -> None:
+    """Attach the functions that the graph calls, and those that these call."""
+    known = {function.name: function for function in FUNCTIONS}
+    wanted = [node.op_type for node in model.graph if node.domain == DOMAIN]
+    attached: dict[str, ir.Function] = {}
+    while wanted:
+        name = wanted.pop()
+        if name not in attached:
+            function = ir.serde.deserialize_function(known[name].to_function_proto())
+            # The bodies are valid at every opset of OPSETS; a model has one.
+            function.opset_imports[""] = model.opset_imports[""]
+            attached[name] = function
+            wanted += [node.op_type for node in function if node.domain == DOMAIN]
+    for name in known:
+        if name in attached:
+            model.functions[attached[name].identifier()] = attached[name]
+    if any(node.domain == "com.microsoft" for node in model.graph):
+        model.opset_imports["com.microsoft"] = 1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's word on every package that it would have liked to find."""
+    log = logging.getLogger(_EXPORTER_LOG)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
+            yield
+    finally:
+        log.setLevel(level)

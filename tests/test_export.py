@@ -1,0 +1,300 @@
+"""``export_onnx``: every architecture, every method, judged by ONNX Runtime; and files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import bigain_fx as bgx
+from bigain_fx import embedded
+from bigain_fx.export import files, lint, onnx_graph
+from bigain_fx.models import KNOWN, example_inputs
+from bigain_fx.passes.methods import parse
+from tests.test_optimize import dit, unet
+
+METHODS = ["dense", "bigain-tm:0.7", "bigain-td:2", "bigain-td:2:0.8..1.2", "bigain-tm:0.7+bigain-td:2:0.8..1.2"]
+BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2}
+SMALL: dict[str, dict[str, Any]] = {
+    "sd2": {"block_out_channels": (32, 64, 64, 64), "attention_head_dim": (2, 4, 4, 4), "cross_attention_dim": 32},
+    "sdxl": {
+        "block_out_channels": (32, 64, 64), "attention_head_dim": (2, 4, 4), "cross_attention_dim": 32,
+        "transformer_layers_per_block": (1, 2, 3), "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 80,
+    },
+    "dit-xl-2": {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16},
+    "pixart": {
+        "num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16, "cross_attention_dim": 64,
+        "caption_channels": 32,
+    },
+}  # fmt: skip
+"""What is less than in the published configuration: width everywhere, depth of the transformers."""
+REWRITTEN = {"mnist-unet": 3, "mnist-dit": 6, "sd2": 5, "sdxl": 10, "dit-xl-2": 3, "pixart": 3}
+"""Attentions on the finest grid."""
+OURS = {
+    "dense": {},
+    "bigain-tm:0.7": {"LaplacianMergePlan": 1, "Merge": 1, "Unmerge": 1},
+    "bigain-td:2": {"KVDownsample": 1},
+    "bigain-td:2:0.8..1.2": {"KVDownsample": 1, "LinearAlpha": 0},
+    "bigain-tm:0.7+bigain-td:2:0.8..1.2": {
+        "KVDownsample": 1, "LaplacianMergePlan": 1, "LinearAlpha": 0, "Merge": 1, "Unmerge": 1,
+    },
+}  # fmt: skip
+"""Functions of ours, as many a rewritten attention; 0 is one for all of them."""
+
+
+def model_of(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    if name in SMALL:
+        torch.manual_seed(0)
+        kind, config = KNOWN[name]
+        model = getattr(diffusers, kind)(**config | SMALL[name] | {"sample_size": 16}).eval().requires_grad_(False)
+        if kind == "DiTTransformer2DModel":
+            nn.init.normal_(model.proj_out_2.weight)
+        return model, example_inputs(model, 16, 2)
+    model = embedded.load(name).model
+    return model, example_inputs(model, 32, 2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, Any]:
+    return {"sample": torch.randn(2, 4, 8, 8), "timestep": 7, "encoder_hidden_states": torch.randn(2, 5, 16)}
+
+
+FAST = {("mnist-unet", "bigain-tm:0.7+bigain-td:2:0.8..1.2", torch.float32), ("sdxl", "bigain-tm:0.7", torch.float16),
+        ("dit-xl-2", "bigain-td:2", torch.float32), ("pixart", "bigain-tm:0.7", torch.float32)}  # fmt: skip
+CASES = [
+    pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
+    for case in ((name, method, dtype) for name in REWRITTEN for method in METHODS for dtype in BOUNDS)
+]
+
+
+@pytest.mark.parametrize(("name", "method", "dtype"), CASES)
+def test_onnx_runtime_agrees_with_torch(name: str, method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, kwargs = model_of(name)
+    path = tmp_path / "model.onnx"
+    record = bgx.export_onnx(model, (), path, kwargs=kwargs, method=parse(method), dtype=dtype)
+    assert record.deviations[0].relative_l2 <= BOUNDS[dtype]
+    assert (record.graphs[0].plan_agreement is None) == ("LaplacianMergePlan" not in OURS[method])
+    sites = REWRITTEN[name]
+    expected = {f"bigain::{function}": count * sites or 1 for function, count in OURS[method].items()}
+    assert {key: count for key, count in record.operators.items() if key.startswith("bigain")} == expected
+    assert len(record.graphs[0].report.rewritten) == (0 if method == "dense" else sites)
+    attentions = len(record.graphs[0].report.sites)
+    masked = sites if name == "pixart" else 0
+    assert record.operators["com.microsoft::MultiHeadAttention"] == attentions - masked
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto)
+    first = next(iter(kwargs))
+    assert [value.name for value in proto.graph.output] == [f"out_{first}"]
+    assert proto.graph.input[0].name == first
+    assert {value.name for value in proto.graph.input} >= {"timestep"}
+    assert record.bytes == path.stat().st_size
+    assert not lint.lint(path)
+
+
+@pytest.mark.parametrize(("opset", "expected"), [(18, "Softmax"), (22, "Softmax"), (23, "Attention")])
+def test_standard_attention_is_what_the_opset_has(opset: int, expected: str, inputs: Any, tmp_path: Path) -> None:
+    record = bgx.export_onnx(
+        unet(), (), tmp_path / "a.onnx", kwargs=inputs, method=bgx.ToMe(0.5), opset=opset, attention="standard"
+    )
+    attentions = len(record.graphs[0].report.sites)
+    assert record.opset == opset
+    assert record.operators[expected] == attentions
+    assert record.operators["bigain::MergePlan"] == 3
+    assert not any(name.startswith("com.microsoft") for name in record.operators)
+    proto = onnx.load(tmp_path / "a.onnx")
+    assert {imported.domain: imported.version for imported in proto.opset_import} == {"": opset, "bigain": 1}
+
+
+def test_the_file_says_what_it_is_and_not_where_it_was_made(inputs: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.onnx"
+    bgx.export_onnx(unet(), (), path, kwargs=inputs, method=bgx.KVDownsample(2, 0.5))
+    proto = onnx.load(path)
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    assert metadata["method"] == "bigain-td:2:0.5"
+    assert metadata["grid"] == "8x8"
+    assert metadata["torch"] == torch.__version__
+    assert metadata["bigain_fx"] == bgx.__version__
+    assert metadata["opset"] == "20"
+    assert '"cross_attention_dim": 16' in metadata["config"]
+    content = path.read_bytes()
+    for trace in (os.fspath(Path(torch.__file__).parent.parent), os.fspath(Path(__file__).parent.parent), 'File "'):
+        assert trace.encode() not in content
+    modules = {entry.value for node in proto.graph.node for entry in node.metadata_props}
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn1" in modules
+    assert "conv_in.weight" in {tensor.name for tensor in proto.graph.initializer}
+
+
+def test_a_method_that_the_grammar_cannot_say_is_written_as_python(inputs: Any, tmp_path: Path) -> None:
+    bgx.export_onnx(unet(), (), tmp_path / "a.onnx", kwargs=inputs, method=bgx.LaplacianMerge(0.5, levels=None))
+    method = bgx.OrtDenoiser(tmp_path / "a.onnx").interface.method
+    assert method == "LaplacianMerge(ratio=0.5, cell=(2, 2), levels=None)"
+
+
+def test_sizes_share_one_weight_file(inputs: Any, tmp_path: Path) -> None:
+    model = unet()
+    wide = inputs | {"sample": torch.randn(2, 4, 8, 16)}
+    record = bgx.export_onnx(
+        model, None, tmp_path / "u.onnx", method=parse("tome:0.5"), example_inputs=[((), inputs), ((), wide)]
+    )
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names[0] == "u-2x4x8x16.onnx"
+    assert names[1] == "u-2x4x8x8.onnx"
+    assert names[2].startswith("u-")
+    assert names[2].endswith(".data")
+    assert len(names) == 3
+    assert record.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert (tmp_path / names[2]).stat().st_size < 1.5 * weights + 4096 * 200
+    denoiser = bgx.OrtDenoiser([graph.path for graph in record.graphs])
+    reference = bgx.optimize(model, method=parse("tome:0.5"), backend="eager")
+    for kwargs in (inputs, wide):
+        torch.testing.assert_close(denoiser(**kwargs).sample, reference(**kwargs).sample, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_beside_the_graph_above_the_limit(inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LIMIT", 1000)
+    path = tmp_path / "u.onnx"
+    bgx.export_onnx(unet(), (), path, kwargs=inputs, method=())
+    (first,) = tmp_path.glob("u-*.data")
+    changed = unet()
+    nn.init.zeros_(changed.conv_in.weight)
+    bgx.export_onnx(changed, (), path, kwargs=inputs, method=())
+    (second,) = tmp_path.glob("u-*.data")
+    assert first != second  # named after what is in it; the one that nobody reads is gone
+    assert sorted(path.name for path in tmp_path.iterdir()) == [second.name, "u.onnx"]
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-5000])
+    with pytest.raises(bgx.ExportError, match="has its weights in"):
+        bgx.OrtDenoiser(path)
+    second.unlink()
+    with pytest.raises(bgx.ExportError, match="is not there"):
+        bgx.OrtDenoiser(path)
+
+
+def test_a_truncated_file(inputs: Any, tmp_path: Path) -> None:
+    path = tmp_path / "u.onnx"
+    bgx.export_onnx(unet(), (), path, kwargs=inputs, method=())
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(bgx.ExportError, match="cut short"):
+        bgx.OrtDenoiser(path)
+
+
+def wrong_alpha(where: Any, x: Any, alpha: Any, grid: Any, factor: int) -> Any:
+    return onnx_graph._kv_downsample(where, x, 0.1, grid, factor)
+
+
+def test_a_wrong_graph_leaves_nothing(inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "u.onnx"
+    path.write_text("before")
+    monkeypatch.setitem(onnx_graph._TABLE, torch.ops.bigain.kv_downsample.default, wrong_alpha)
+    with pytest.raises(bgx.ExportError, match=r"out_sample deviates from torch by .*nothing is left"):
+        bgx.export_onnx(unet(), (), path, kwargs=inputs, method=bgx.KVDownsample(2, 1.2))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_outputs_that_are_not_finite_leave_nothing(inputs: Any, tmp_path: Path) -> None:
+    model = unet()
+    nn.init.constant_(model.conv_out.bias, 1e6)
+    with pytest.raises(bgx.ExportError, match="512 of 512 values of out_sample are nan or infinite"):
+        bgx.export_onnx(model, (), tmp_path / "u.onnx", kwargs=inputs, method=(), dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_what_was_there(inputs: Any, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the write fails half way, as it would there."""
+    path = tmp_path / "u.onnx"
+    path.write_text("before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(bgx.ExportError, match="cannot be written: File too large; nothing was left"):
+            bgx.export_onnx(unet(), (), path, kwargs=inputs, method=())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_killed_while_writing_leaves_the_old_file(inputs: Any, tmp_path: Path) -> None:
+    """Killed between the two renames: the new weights are there, the old graph still reads the old ones."""
+    code = """
+import os, signal, sys, torch
+import bigain_fx as bgx
+from bigain_fx.export import files
+from tests.test_optimize import unet
+files.LIMIT = 1000
+model, path = unet(), sys.argv[1]
+inputs = {"sample": torch.randn(2, 4, 8, 8), "timestep": 7, "encoder_hidden_states": torch.randn(2, 5, 16)}
+bgx.export_onnx(model, (), path, kwargs=inputs, method=(), verify=False)
+replace = os.replace
+def stop_at_the_graph(source, target):
+    if str(target).endswith("u.onnx"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = stop_at_the_graph
+torch.nn.init.zeros_(model.conv_in.weight)
+bgx.export_onnx(model, (), path, kwargs=inputs, method=(), verify=False)
+"""
+    path = tmp_path / "u.onnx"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code, os.fspath(path)], cwd=root, timeout=300, capture_output=True)
+    assert done.returncode == -9, done.stderr.decode()
+    assert len(list(tmp_path.glob("u-*.data"))) == 2
+    expected = bgx.optimize(unet(), method=(), backend="eager")(**inputs).sample
+    torch.testing.assert_close(bgx.OrtDenoiser(path)(**inputs).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": "u.pb"}, r"path='.*u.pb' must end in .onnx"),
+        ({"path": "no/u.onnx"}, "in a folder that is there"),
+        ({"opset": 17}, "opset=17 must be from 18 to 23"),
+        ({"attention": "flash"}, "attention='flash' must be one of MultiHeadAttention, standard"),
+        ({"dtype": torch.bfloat16}, "dtype torch.bfloat16 is not exported to ONNX: .* use dtype=torch.float16"),
+        ({"example_inputs": []}, "example_inputs is given beside args or kwargs"),
+        ({"kwargs": None, "example_inputs": []}, "example_inputs is empty"),
+        ({"kwargs": {"sample": torch.randn(2, 4, 8, 8)}}, "the denoiser cannot be called so"),
+    ],
+)
+def test_bad_arguments(changes: dict[str, Any], message: str, inputs: Any, tmp_path: Path) -> None:
+    arguments = {"path": "u.onnx", "kwargs": inputs} | changes
+    arguments["path"] = tmp_path / arguments["path"]
+    with pytest.raises(bgx.InputError, match=message):
+        bgx.export_onnx(unet(), None, method=bgx.ToMe(0.5), **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_of_one_size(inputs: Any, tmp_path: Path) -> None:
+    with pytest.raises(bgx.InputError, match="example_inputs has two of one size"):
+        bgx.export_onnx(unet(), None, tmp_path / "u.onnx", method=(), example_inputs=[((), inputs)] * 2)
+
+
+def test_the_model_is_left_as_it_is(tmp_path: Path) -> None:
+    model, kwargs = dit(), {"timestep": torch.tensor([3, 4]), "class_labels": torch.tensor([1, 2])}
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    sample = torch.randn(2, 4, 16, 16)
+    record = bgx.export_onnx(model, (sample,), tmp_path / "d.onnx", kwargs=kwargs, method=(), dtype=torch.float16)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert onnxruntime.InferenceSession(record.graphs[0].path).get_inputs()[0].type == "tensor(float16)"
+    assert onnxruntime.InferenceSession(record.graphs[0].path).get_inputs()[1].type == "tensor(float)"
+    assert "relative L2" in str(record)

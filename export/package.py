@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -46,12 +46,11 @@ def write_package(program: ExportedProgram, path: Path, metadata: Mapping[str, s
             temporary = Path(folder) / path.name
             with temporary.open("wb") as file:
                 sink = _Sink(file)
+                # The metadata as a copy: torch adds its own entries to what it is given.
                 aoti_compile_and_package(
                     program,
-                    package_path=sink,
-                    inductor_configs={
-                        "aot_inductor.metadata": dict(metadata)
-                    },  # a copy, since torch adds its own to it
+                    package_path=cast(IO[bytes], sink),
+                    inductor_configs={"aot_inductor.metadata": dict(metadata)},
                 )
                 if sink.error:
                     raise sink.error

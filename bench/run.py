@@ -25,7 +25,7 @@ from bigain_fx import optimize
 from bigain_fx.bench import BenchError, bound, onnx_rows, result, timing
 from bigain_fx.bench.result import BenchResult, Row
 from bigain_fx.capture import CallBinder
-from bigain_fx.passes.errors import BigainError
+from bigain_fx.passes.errors import BigainError, first_line
 from bigain_fx.passes.methods import Methods
 
 if TYPE_CHECKING:
@@ -220,8 +220,8 @@ def _prepare(
     except BigainError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BenchError(f"row {name!r} fails with backend={backend!r}: {reason[:300]}; try backend 'eager'") from error
+        reason = first_line(error)
+        raise BenchError(f"row {name!r} fails with backend={backend!r}: {reason}; try backend 'eager'") from error
     first_s = time.perf_counter() - captured
     timing.check_finite(name, output)
     relative = timing.relative_error(reference, timing.tensors_of(output))

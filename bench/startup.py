@@ -173,7 +173,8 @@ def main(
         rows = run(model, methods, size, batch, rounds, Path(folder))
     found = {
         "workload": Path(model).name, "method": methods, "size": size, "batch": batch, "rounds": rounds, "date": date,
-        "command": result.command(), "machine": result.machine(torch.device("cpu")), "versions": result.versions(),
+        "command": f"python -m bigain_fx.bench.startup {result.command(sys.argv[1:])}",
+        "machine": result.machine(torch.device("cpu")), "versions": result.versions(),
         "rows": [asdict(row) for row in rows],
     }  # fmt: skip
     stem = f"startup-{Path(model).name}"

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from bigain_fx.passes.errors import CaptureError, InputError
+from bigain_fx.passes.errors import CaptureError, InputError, first_line
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 
 
@@ -120,10 +120,7 @@ def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
             program = torch.export.export(model, (), dict(arguments), strict=False)
             module = program.module(check_guards=False)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}: {first[:300]}; nothing was optimized"
-        ) from error
+        raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {first_line(error)}") from error
     assert isinstance(module, GraphModule)
     out_spec = program.call_spec.out_spec
     leaves = pytree.tree_leaves(dict(arguments))

@@ -20,7 +20,8 @@ import bigain_fx
 from bigain_fx.capture import CallBinder, flat_tensors
 from bigain_fx.denoiser import optimize
 from bigain_fx.export.interface import Interface, describe
-from bigain_fx.passes.errors import ExportError, InputError
+from bigain_fx.export.retrace import retrace
+from bigain_fx.passes.errors import ExportError, InputError, first_line
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.passes.methods import Method, Methods, normalize, parse
@@ -211,11 +212,9 @@ def export_package(
     target = _check_path(path, ".pt2")
     traced = _trace(_cast(model, dtype), args or (), kwargs or {}, normalize(method), grid, dtype, {})
     try:
-        with torch.no_grad():
-            program = torch.export.export(traced.module, tuple(traced.inputs), strict=False)
+        program = retrace(traced.module, traced.inputs)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"torch.export cannot capture the rewritten graph: {first[:300]}") from error
+        raise ExportError(f"torch.export cannot capture the rewritten graph: {first_line(error)}") from error
     write_package(program, target, traced.interface.to_metadata())
     return traced.report
 
@@ -262,8 +261,8 @@ def _check_dtypes(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.dtype not in DTYPES:
             raise InputError(
-                f"dtype {parameter.dtype} is not exported to ONNX: ONNX Runtime has no such Conv on the CPU, and "
-                "on CUDA no such TopK, ArgMin, ReduceSum, Pad or Resize; use dtype=torch.float16 or torch.float32"
+                f"dtype {parameter.dtype} is not exported to ONNX: ONNX Runtime has no Conv for it on the CPU, and on "
+                "CUDA none up to opset 21, and no Resize or Pad; use dtype=torch.float16 or torch.float32"
             )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bigain_fx.embedded import NAMES
 from bigain_fx.embedded import load as load_embedded
-from bigain_fx.passes.errors import InputError
+from bigain_fx.passes.errors import InputError, first_line
 
 TEXT_TOKENS = {"UNet2DConditionModel": 77, "PixArtTransformer2DModel": 300}
 
@@ -185,8 +185,7 @@ def _from_folder(folder: Path) -> nn.Module:
                 class_name = json.loads(config.read_text())["_class_name"]
                 model: nn.Module = _class(class_name).from_pretrained(candidate, local_files_only=True)  # type: ignore[attr-defined]
             except (KeyError, ValueError, OSError) as error:
-                reason = (str(error).strip().splitlines() or [repr(error)])[0]
-                raise InputError(f"model={str(folder)!r} cannot be loaded: {reason}") from error
+                raise InputError(f"model={str(folder)!r} cannot be loaded: {first_line(error)}") from error
             return model
     raise InputError(f"model={str(folder)!r} holds no config.json of a denoiser, nor a unet or transformer folder")
 

@@ -2,10 +2,10 @@
 
 What they compute is in ``docs/operators.md``. Three rules shaped the bodies:
 
-- The plan is an island of float32, since the CUDA provider has no bfloat16 TopK, ArgMin, ReduceSum or Pad.
+- The plan is an island of float32: the CUDA provider has no bfloat16 ArgMin, ArgMax or Pad, nor TopK below opset 24.
 - Whatever depends on the attributes alone (cell members, offsets) is folded by the runtime when it loads the graph.
-- No scattering reduction: float16 falls back or throws on many builds, TensorRT has none, and ONNX has no mean. Merging
-  is a sort and a prefix sum instead, unmerging one gather.
+- No scattering reduction: which types it takes differs from release to release, TensorRT has none, and ONNX has no
+  mean. Merging is a sort and prefix sums instead, unmerging one gather.
 """
 # What onnxscript compiles is ONNX in Python's syntax; torch's types say nothing about it.
 # mypy: ignore-errors

@@ -11,11 +11,8 @@ bodies of :mod:`bigain_fx.export.functions` are attached afterwards.
 from __future__ import annotations
 
 import functools
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -24,13 +21,13 @@ from torch import Tensor, fx, nn
 from torch.onnx import ops as symbolic_ops
 
 from bigain_fx.export.functions import DOMAIN, FUNCTIONS, VERSION
-from bigain_fx.passes.errors import ExportError
+from bigain_fx.export.retrace import quiet, retrace
+from bigain_fx.passes.errors import ExportError, first_line
 from bigain_fx.passes.sites import SDPA, module_name
 
 aten, bigain = torch.ops.aten, torch.ops.bigain
 OPSETS = range(18, 24)
 ATTENTIONS = ("MultiHeadAttention", "standard")
-_EXPORTER_LOG = "torch.onnx._internal.exporter._registration"
 
 
 def to_onnx(
@@ -56,16 +53,15 @@ def to_onnx(
         ExportError: torch's exporter cannot translate the graph; its error is chained.
     """
     try:
-        with torch.no_grad(), _quiet():
-            program = torch.export.export(_Symbolic(module, attention), tuple(inputs), strict=False)
+        with torch.no_grad(), quiet():
+            program = retrace(_Symbolic(module, attention), inputs)
             exported = torch.onnx.export(
                 program, dynamo=True, opset_version=opset, input_names=list(input_names),
                 output_names=list(output_names), optimize=True, verbose=False,
             )  # fmt: skip
     except Exception as error:
-        cause = error.__cause__ or error
-        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise ExportError(f"torch.onnx cannot export the graph at opset {opset}: {first[:300]}") from error
+        reason = first_line(error.__cause__ or error)
+        raise ExportError(f"torch.onnx cannot export the graph at opset {opset}: {reason}") from error
     assert exported is not None
     model = exported.model
     _clean(model)
@@ -228,17 +224,3 @@ def _attach(model: ir.Model) -> None:
             model.functions[attached[name].identifier()] = attached[name]
     if any(node.domain == "com.microsoft" for node in model.graph):
         model.opset_imports["com.microsoft"] = 1
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's word on every package that it would have liked to find."""
-    log = logging.getLogger(_EXPORTER_LOG)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
-            yield
-    finally:
-        log.setLevel(level)

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from bigain_fx.export.interface import Interface
 from bigain_fx.export.ports import packed
-from bigain_fx.passes.errors import ExportError, InputError
+from bigain_fx.passes.errors import ExportError, InputError, first_line
 
 
 def write_package(program: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
@@ -58,7 +58,7 @@ def write_package(program: ExportedProgram, path: Path, metadata: Mapping[str, s
                 raise ExportError(f"torch left entries out of the metadata {sorted(metadata)}")
             os.replace(temporary, path)
     except Exception as error:
-        raise ExportError(f"{path} is not written: {_first_line(error)}") from error
+        raise ExportError(f"{path} is not written: {first_line(error)}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -109,7 +109,7 @@ class Package:
         except Exception as error:
             made, here = self.metadata.get("torch"), torch.__version__
             raise ExportError(
-                f"torch {here} cannot load {self.path}, made with torch {made}: {_first_line(error)}"
+                f"torch {here} cannot load {self.path}, made with torch {made}: {first_line(error)}"
             ) from error
         self._run: Callable[[list[Tensor]], list[Tensor]] = loader.boxed_run
 
@@ -161,7 +161,3 @@ class _Sink(io.RawIOBase):
 def _level(instructions: str) -> int:
     """How far the vector instructions of x86 go: 0, 256 or 512 bits; code beyond it ends the process."""
     return 512 if "AVX512" in instructions else 256 if "AVX2" in instructions else 0
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigain_fx.export.interface import Interface
 from bigain_fx.export.ports import packed
-from bigain_fx.passes.errors import ExportError, InputError
+from bigain_fx.passes.errors import ExportError, InputError, first_line
 
 Provider = str | tuple[str, dict[str, Any]]
 
@@ -63,9 +63,9 @@ class Session:
                 os.fspath(self.path), sess_options=session_options, providers=wanted, enable_fallback=0
             )
         except (TypeError, ValueError) as error:
-            raise InputError(f"providers={wanted!r}: {_first_line(error)}") from error
+            raise InputError(f"providers={wanted!r}: {first_line(error)}") from error
         except Exception as error:
-            raise ExportError(f"ONNX Runtime cannot load {self.path}: {_first_line(error)}") from error
+            raise ExportError(f"ONNX Runtime cannot load {self.path}: {first_line(error)}") from error
         active = self._session.get_providers()
         if dropped := [name for name in map(_name, wanted) if name not in active]:
             raise InputError(
@@ -165,7 +165,7 @@ def _check_file(path: Path) -> None:
     try:
         graph = onnx.load(os.fspath(path), load_external_data=False).graph
     except Exception as error:
-        raise ExportError(f"{path} is cut short, or no ONNX file: {_first_line(error)}") from error
+        raise ExportError(f"{path} is cut short, or no ONNX file: {first_line(error)}") from error
     if not graph.output:
         raise ExportError(f"{path} holds no graph; it is cut short, or no ONNX file")
     needed: dict[str, int] = {}
@@ -181,7 +181,3 @@ def _check_file(path: Path) -> None:
             raise ExportError(f"{path} has its weights in {data} ({size} bytes), which is not there")
         if data.stat().st_size < size:
             raise ExportError(f"{path} has its weights in {data}: {size} bytes, but {data.stat().st_size} are there")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of someone else's error, short enough to be quoted in one of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 class BigainError(Exception):
     """Base of every error that bigain-fx raises on purpose."""
 

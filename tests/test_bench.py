@@ -386,6 +386,47 @@ def test_efficiency(low: float, expected: float | None, monkeypatch: pytest.Monk
     assert rows["tome:0.5"].median_s == 3
 
 
+def test_onnx_rows_are_compared_with_onnx_dense() -> None:
+    methods = parse_list("dense,tome:0.5")
+    report = run(dit_workload(), {}, onnx=methods, rounds=2, backend="eager", progress=False)
+    rows = {row.name: row for row in report.rows}
+    assert list(rows) == ["dense eager", "dense", "onnx:dense", "onnx:tome:0.5"]
+    assert [row.base for row in rows.values()] == ["dense", "dense", "dense", "onnx:dense"]
+    assert [row.sites for row in rows.values()] == [0, 0, 0, 2]
+    assert rows["onnx:tome:0.5"].flops < rows["onnx:dense"].flops == rows["dense"].flops
+    assert (rows["onnx:dense"].deviation_db or 0) > 100
+    assert 0 < (rows["onnx:tome:0.5"].relative_l2 or 0) < 1
+    for name in ("onnx:dense", "onnx:tome:0.5"):
+        assert rows[name].peak_bytes is rows[name].compile_s is rows[name].compile_cached is rows[name].bound is None
+        assert (rows[name].capture_s or 0) > 0
+    ratios = [a / b for a, b in zip(rows["onnx:dense"].seconds, rows["onnx:tome:0.5"].seconds, strict=True)]
+    assert rows["onnx:tome:0.5"].speedup.median == pytest.approx(sum(ratios) / 2)
+    assert report.versions["onnxruntime"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "dtype", "reason"),
+    [
+        ("onnxscript", torch.float32, "no ONNX rows: onnxscript is not installed; pip install 'bigain-fx[onnx]'"),
+        (None, torch.bfloat16, "no ONNX rows: torch.bfloat16 is not exported; use float32 or float16"),
+    ],
+)
+def test_without_onnx_a_line_says_so(
+    missing: str | None, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("bigain_fx.deploy.find_spec", lambda name: None if name == missing else name)
+    workload = dit_workload()
+    workload.model.to(dtype)
+    inputs = (workload.args[0].to(dtype),)
+    report = run(
+        Workload("tiny", workload.model, inputs, workload.kwargs), {}, onnx=parse_list("dense"), rounds=1,
+        backend="eager", progress=False,
+    )  # fmt: skip
+    assert [row.name for row in report.rows] == ["dense eager", "dense"]
+    assert reason in capsys.readouterr().err
+
+
 def test_run_compiles_and_says_how_long() -> None:
     report = run(dit_workload(), parse_list("dense"), rounds=1, warmup=0, progress=False)
     eager, dense = report.rows

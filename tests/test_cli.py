@@ -44,6 +44,48 @@ def test_inspect_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert len(report["sites"]) == 8
 
 
+def test_export_and_lint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "made" / "here"
+    assert (
+        run(monkeypatch, "export", folder, "--methods", "dense,bigain-tm:0.5", "--size", "16", "--out", str(out)) == 0
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["model-bigain-tm-0.5.onnx", "model-dense.onnx"]
+    printed = capsys.readouterr().out
+    assert "3 bigain::LaplacianMergePlan, 3 bigain::Merge, 3 bigain::Unmerge" in printed
+    assert "plans agree with torch's on 100.00% of the tokens" in printed
+    assert run(monkeypatch, "export", "--lint-only", str(out / "model-bigain-tm-0.5.onnx")) == 0
+    assert "none of the nodes would fall back from CUDA to the CPU" in capsys.readouterr().out
+
+
+def test_lint_of_a_bad_graph_ends_with_status_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import onnx
+
+    info = onnx.helper.make_tensor_value_info
+    node = onnx.helper.make_node("Det", ["x"], ["y"], name="determinant")
+    floats = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph([node], "g", [info("x", floats, [2, 2])], [info("y", floats, [])])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), tmp_path / "bad.onnx")
+    assert run(monkeypatch, "export", "--lint-only", str(tmp_path / "bad.onnx")) == 1
+    printed = capsys.readouterr().out
+    assert "determinant (ai.onnx::Det): " in printed
+    assert "1 of the nodes would fall back" in printed
+
+
+def test_export_of_a_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path
+) -> None:
+    calls = []
+    monkeypatch.setattr("bigain_fx.export.package.write_package", lambda program, path, metadata: (
+        calls.append(metadata["method"]), path.write_bytes(b"12")))  # fmt: skip
+    assert run(monkeypatch, "export", folder, "--format", "pt2", "--methods", "todo:2", "--out", str(tmp_path)) == 0
+    assert calls == ["todo:2"]
+    assert "model-todo-2.pt2: 0.0 MB; UNet2DConditionModel, todo:2: 3 of 8" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -51,6 +93,12 @@ def test_inspect_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         (["inspect", "sd2", "--methods", "bigain:0.7"], "'bigain:0.7' is not a method"),
         (["inspect", "sd2", "--methods", "tome:2"], "error: ratio=2.0 must be between 0 and 0.75"),
         (["bench", "sd2", "--device", "tpu"], "error: device='tpu' must be cpu or cuda"),
+        (["export"], "MODEL is missing; name one, or a file with"),
+        (["export", "sd9"], "error: model='sd9' is neither a folder"),
+        (["export", "mnist-dit", "--format", "tflite"], "'tflite' is not one of"),
+        (["export", "mnist-dit", "--opset", "17"], "error: opset=17 must be from 18 to 23"),
+        (["export", "mnist-dit", "--dtype", "bfloat16"], "error: dtype torch.bfloat16 is not exported to ONNX"),
+        (["export", "--lint-only", "no.onnx"], "error: no.onnx"),
         (["inspct", "sd2"], "Did you mean 'inspect'?"),
         (["bench", "sd2", "--dtype", "float8"], "'float8' is not one of"),
     ],
@@ -67,4 +115,4 @@ def test_errors_are_short_and_end_with_status_two(
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("demo", "inspect", "bench"))
+    assert all(command in out for command in ("demo", "inspect", "export", "bench"))

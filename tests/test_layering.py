@@ -20,7 +20,7 @@ MAY_IMPORT = {
         "bigain_fx", "torch", "diffusers", "rich", "typer", "safetensors", "matplotlib", "mlxtend", "numpy",
         "onnxruntime",
     },
-    "bench": {"bigain_fx", "torch", "diffusers", "rich", "numpy", "onnxruntime"},
+    "bench": {"bigain_fx", "torch", "diffusers", "rich", "typer", "numpy", "onnxruntime"},
 }  # fmt: skip
 
 

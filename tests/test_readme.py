@@ -22,3 +22,20 @@ def test_every_row_of_the_results_table_is_in_a_result_file() -> None:
         measured = [f"{speedup[key]:.2f}" for key in ("median", "low", "high")]
         measured.append("-" if row["efficiency"] is None else f"{row['efficiency']:.2f}")
         assert claimed == measured, (file, method)
+
+
+def test_the_dense_runtimes_are_compared_as_measured() -> None:
+    result = json.loads((ROOT / "bench/results/sd2-2x4x64x64-cpu-float32.json").read_text())
+    (row,) = (row for row in result["rows"] if row["name"] == "onnx:dense")
+    assert (
+        f"dense ONNX is {row['speedup']['median']:.2f}x as fast as dense compiled" in (ROOT / "README.md").read_text()
+    )
+
+
+def test_the_times_to_the_first_step_are_those_of_the_result_file() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    (file,) = re.findall(r"\[startup\]\((bench/results/\S+?\.json)\)", text)
+    rows = json.loads((ROOT / file).read_text())["rows"]
+    for row in rows:
+        way, _, cache = row["name"].partition(", ")
+        assert f"{row['total_s']:.1f} s by `{way}`" + f", {cache}" * bool(cache) in text

@@ -98,7 +98,7 @@ def test_export_of_a_package(
         (["export", "mnist-dit", "--format", "tflite"], "'tflite' is not one of"),
         (["export", "mnist-dit", "--opset", "17"], "error: opset=17 must be from 18 to 23"),
         (["export", "mnist-dit", "--dtype", "bfloat16"], "error: dtype torch.bfloat16 is not exported to ONNX"),
-        (["export", "--lint-only", "no.onnx"], "error: no.onnx"),
+        (["export", "--lint-only", "no.onnx"], "error: path='no.onnx': cannot be read"),
         (["inspct", "sd2"], "Did you mean 'inspect'?"),
         (["bench", "sd2", "--dtype", "float8"], "'float8' is not one of"),
     ],

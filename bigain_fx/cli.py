@@ -106,6 +106,8 @@ def export(
 ) -> None:
     """Write MODEL, its attentions compressed, as an ONNX graph or an ahead-of-time compiled package."""
     if lint_only is not None:
+        if model is not None:
+            raise typer.BadParameter("MODEL and --lint-only do not go together", param_hint="MODEL")
         raise typer.Exit(_lint(lint_only))
     if model is None:
         raise typer.BadParameter("MODEL is missing; name one, or a file with --lint-only", param_hint="MODEL")
@@ -113,14 +115,20 @@ def export(
 
     import bigain_fx as bgx
     from bigain_fx.demo import make_folder
+    from bigain_fx.deploy import check_options
     from bigain_fx.models import load
+    from bigain_fx.passes.errors import InputError
     from bigain_fx.passes.methods import parse_list
 
     parsed = parse_list(methods)
+    if format == Format.onnx:
+        check_options(opset, attention)
+    elif (opset, attention, verify) != (20, "MultiHeadAttention", True):
+        raise InputError(f"--opset, --attention and --no-verify say nothing of --format {format}; leave them out")
     workload = load(model, size=size, batch=batch, dtype=getattr(torch, dtype))
     make_folder(out)
     for text, method in parsed.items():
-        path = out / f"{Path(model).name}-{text.replace(':', '-')}.{format}"
+        path = out / f"{Path(model).resolve().name}-{text.replace(':', '-')}.{format}"
         if format == Format.onnx:
             print(
                 bgx.export_onnx(
@@ -135,6 +143,11 @@ def export(
 
 def _lint(path: Path) -> int:
     """Print what would fall back; the exit status, 1 if something would."""
+    from bigain_fx.deploy import onnx_missing
+    from bigain_fx.passes.errors import InputError
+
+    if reason := onnx_missing():
+        raise InputError(reason)
     from bigain_fx.export.lint import lint
 
     findings = lint(path)

@@ -193,8 +193,8 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         f"- ms a call: median of {settings['rounds']} calls of {settings['batch']} images, the variants taking turns. "
         "Speedup: median of the ratios to the dense call of the same round, with their quartiles.",
         f"- Accuracy: with {total} digits the Wilson interval is wide; a difference within it is no evidence.",
-        "- ONNX Runtime: the exported graph of the same method, timed in the same rounds. Speedup over dense there, and "
-        "over the same method compiled, whose output the deviation is from.",
+        "- ONNX Runtime: the exported graph of the same method, timed in the same rounds. Speedup over dense "
+        "there, and over the same method compiled, whose output the deviation is from.",
         "- Output deviation: signal to noise of one call against dense, in dB; more is closer. PSNR: of the generated "
         "images, against those of dense.",
         "- `bigain-td` has one constant alpha here, so that one graph generates and classifies; for generation alone "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,25 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
+from torch import nn
 
-import bigain_fx
-from bigain_fx.capture import CallBinder, flat_tensors
-from bigain_fx.denoiser import optimize
-from bigain_fx.export.interface import Interface, describe
 from bigain_fx.export.retrace import retrace
 from bigain_fx.passes.errors import ExportError, InputError, first_line
 from bigain_fx.passes.grid import Grid
-from bigain_fx.passes.kv import TIMESTEP_INPUTS
-from bigain_fx.passes.methods import Method, Methods, normalize, parse
+from bigain_fx.passes.methods import Method, normalize
 from bigain_fx.report import Report
+from bigain_fx.trace import Example, Traced, cast, check, digest, examples_of, trace
 
 if TYPE_CHECKING:
     from bigain_fx.export.verify import Deviation
 
-Example = tuple[tuple[Any, ...], Mapping[str, Any]]
 DTYPES = (torch.float32, torch.float16)
 
 
@@ -92,16 +84,6 @@ class ExportRecord:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Traced:
-    """A rewritten graph, the inputs that it was captured with, and what the file will say of it."""
-
-    module: GraphModule
-    inputs: list[Tensor]
-    interface: Interface
-    report: Report
-
-
 def export_onnx(
     model: nn.Module,
     args: tuple[Any, ...] | None,
@@ -142,22 +124,18 @@ def export_onnx(
         BigainError: what :func:`bigain_fx.optimize` raises.
     """
     started = time.perf_counter()
-    if reason := onnx_missing():
-        raise InputError(reason)
+    check_options(opset, attention)
     from bigain_fx.export import files
-    from bigain_fx.export.onnx_graph import ATTENTIONS, OPSETS, to_onnx
+    from bigain_fx.export.onnx_graph import to_onnx
     from bigain_fx.export.verify import verify as verify_file
 
+    check(model, dtype)
     target = _check_path(path, ".onnx")
-    if opset not in OPSETS:
-        raise InputError(f"opset={opset!r} must be from {OPSETS[0]} to {OPSETS[-1]}")
-    if attention not in ATTENTIONS:
-        raise InputError(f"attention={attention!r} must be one of {', '.join(ATTENTIONS)}")
-    examples = _examples(args, kwargs, example_inputs)
-    versions = {"opset": str(opset)}
-    cast = _cast(model, dtype)
-    _check_dtypes(cast)
-    traced = [_trace(cast, *example, normalize(method), grid, dtype, versions) for example in examples]
+    examples = examples_of(args, kwargs, example_inputs)
+    original = cast(model, dtype)
+    _check_dtypes(original)
+    versions = {"opset": str(opset), "weights": digest(original)}
+    traced = [trace(original, *example, normalize(method), grid, dtype, versions) for example in examples]
     names = _file_names(target, traced) if example_inputs is not None else [target.name]
     models = {}
     for name, graph in zip(names, traced, strict=True):
@@ -209,52 +187,16 @@ def export_package(
     """
     from bigain_fx.export.package import write_package
 
+    check(model, dtype)
     target = _check_path(path, ".pt2")
-    traced = _trace(_cast(model, dtype), args or (), kwargs or {}, normalize(method), grid, dtype, {})
+    (example,) = examples_of(args, kwargs, None)
+    traced = trace(cast(model, dtype), *example, normalize(method), grid, dtype, {})
     try:
         program = retrace(traced.module, traced.inputs)
     except Exception as error:
         raise ExportError(f"torch.export cannot capture the rewritten graph: {first_line(error)}") from error
     write_package(program, target, traced.interface.to_metadata())
     return traced.report
-
-
-def _trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], methods: Methods, grid: Grid | None,
-    dtype: torch.dtype | None, versions: Mapping[str, str],
-) -> _Traced:  # fmt: skip
-    fast = optimize(model, method=methods, backend="eager", grid=grid)
-    binder = CallBinder(model)
-    arguments, _ = binder.bind(args, kwargs)
-    floating = pytree.tree_map_only(Tensor, lambda tensor: _to(tensor, dtype), arguments)
-    arguments = {
-        name: value.float() if name in TIMESTEP_INPUTS and isinstance(value, Tensor) else floating[name]
-        for name, value in arguments.items()
-    }
-    prepared = fast.prepare(**arguments)
-    module = prepared.run
-    assert isinstance(module, GraphModule)
-    outputs = [node.meta["val"] for node in module.graph.output_node().args[0]]  # type: ignore[union-attr]
-    grids = [site.grid for site in prepared.report.sites if site.grid]
-    interface = describe(
-        model, binder.signature, arguments, prepared.out_spec, outputs, _text(methods),
-        max(grids, key=lambda sides: sides[0] * sides[1], default=None),
-        {"bigain_fx": bigain_fx.__version__, "torch": torch.__version__, **versions},
-    )  # fmt: skip
-    inputs = [tensor.contiguous() for tensor in flat_tensors(arguments)]
-    return _Traced(module, inputs, interface, prepared.report)
-
-
-def _to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-
-
-def _cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """``model`` itself if its weights have ``dtype``, else a copy of it that does."""
-    held = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if dtype is None or held <= {dtype}:
-        return model
-    return nn.Module.to(copy.deepcopy(model), dtype)
 
 
 def _check_dtypes(model: nn.Module) -> None:
@@ -266,30 +208,12 @@ def _check_dtypes(model: nn.Module) -> None:
             )
 
 
-def _text(methods: Methods) -> str:
-    """In the text grammar if that tells all of it, else as Python."""
-    text = "+".join(map(str, methods)) or "dense"
-    return text if parse(text) == methods else ", ".join(map(repr, methods))
-
-
 def _operators(model: Any) -> dict[str, int]:
     names = (f"{node.domain}::{node.op_type}" if node.domain else str(node.op_type) for node in model.graph)
     return dict(sorted(Counter(names).items()))
 
 
-def _examples(
-    args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None, example_inputs: Sequence[Example] | None
-) -> list[Example]:
-    if example_inputs is None:
-        return [(args or (), kwargs or {})]
-    if args or kwargs:
-        raise InputError("example_inputs is given beside args or kwargs; give one of them")
-    if not example_inputs:
-        raise InputError("example_inputs is empty; give one (args, kwargs) for each size")
-    return list(example_inputs)
-
-
-def _file_names(target: Path, traced: Sequence[_Traced]) -> list[str]:
+def _file_names(target: Path, traced: Sequence[Traced]) -> list[str]:
     names = [f"{target.stem}-{'x'.join(map(str, graph.interface.inputs[0].shape))}.onnx" for graph in traced]
     if len(set(names)) < len(names):
         raise InputError(f"example_inputs has two of one size among {names}; the first input's shape names the file")
@@ -301,6 +225,22 @@ def _check_path(path: str | Path, suffix: str) -> Path:
     if target.suffix != suffix or not target.parent.is_dir():
         raise InputError(f"path={str(path)!r} must end in {suffix}, in a folder that is there")
     return target
+
+
+def check_options(opset: int, attention: str) -> None:
+    """Refuse options of :func:`export_onnx` before minutes are spent on a model.
+
+    Raises:
+        InputError: one that is none, or no onnx here.
+    """
+    if reason := onnx_missing():
+        raise InputError(reason)
+    from bigain_fx.export.onnx_graph import ATTENTIONS, OPSETS
+
+    if opset not in OPSETS:
+        raise InputError(f"opset={opset!r} must be from {OPSETS[0]} to {OPSETS[-1]}")
+    if attention not in ATTENTIONS:
+        raise InputError(f"attention={attention!r} must be one of {', '.join(ATTENTIONS)}")
 
 
 def onnx_missing() -> str | None:

@@ -123,7 +123,7 @@ class DeployedDenoiser(nn.Module):
             moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
             place = f"{moved.dtype} on {moved.device}"
         except (AssertionError, RuntimeError) as error:
-            place = str(error)
+            raise InputError(f"an exported denoiser stays on {self.device}: {error}") from error
         here = f"{self.dtype} on {self.device}"
         if place != here:
             raise InputError(f"an exported denoiser stays {here}, it cannot become {place}; export or load it for that")
@@ -168,7 +168,7 @@ class OrtDenoiser(DeployedDenoiser):
         graphs = [_ort_graph(session) for session in sessions]
         for session, graph in zip(sessions, graphs, strict=True):
             if _identity(graph.interface) != _identity(graphs[0].interface):
-                raise ExportError(f"{session.path} is of another model or method than {sessions[0].path}")
+                raise ExportError(f"{session.path} is of another model, method or weights than {sessions[0].path}")
         if len({graph.size for graph in graphs}) < len(graphs):
             raise InputError(
                 f"path={list(map(str, paths))} has two graphs for one size of {sorted(g.size for g in graphs)}"
@@ -213,7 +213,7 @@ def _identity(interface: Interface) -> tuple[Any, ...]:
         return [(port.path, port.dtype) for port in side]
 
     same = (interface.model, interface.method, interface.parameters, dict(interface.config), dict(interface.constants))
-    return (*same, ports(interface.inputs), ports(interface.outputs))
+    return (*same, interface.versions.get("weights"), ports(interface.inputs), ports(interface.outputs))
 
 
 @functools.cache

@@ -66,18 +66,24 @@ def publish(staged: Path, folder: Path) -> int:
 
     Returns:
         Bytes of the files that were moved.
+
+    Raises:
+        ExportError: a folder has the name of a graph; nothing was moved then.
     """
-    graphs = sorted(staged.glob("*.onnx"))
+    graphs, data = sorted(staged.glob("*.onnx")), sorted(staged.glob("*.data"))
     replaced = {weights for graph in graphs for weights in _weights_of(folder / graph.name)}
+    if taken := [graph.name for graph in graphs if (folder / graph.name).is_dir()]:
+        raise ExportError(f"{taken[0]!r} is a folder; name another file; nothing was left")
     size = 0
-    for path in (*sorted(staged.glob("*.data")), *graphs):
+    for path in (*data, *graphs):
         size += path.stat().st_size
         with path.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(path, folder / path.name)
-    kept = {weights for graph in folder.glob("*.onnx") for weights in _weights_of(graph)}
-    for name in replaced - kept:
-        (folder / name).unlink(missing_ok=True)
+    if replaced:
+        kept = {weights for graph in folder.glob("*.onnx") for weights in _weights_of(graph)}
+        for name in replaced - kept:
+            (folder / name).unlink(missing_ok=True)
     return size
 
 

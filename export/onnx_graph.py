@@ -199,8 +199,9 @@ def _clean(model: ir.Model) -> None:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
+    taken = {value.name for value in (*model.graph.inputs, *(out for node in model.graph for out in node.outputs))}
     for name in list(model.graph.initializers):
-        if name.startswith("module."):
+        if name.startswith("module.") and name.removeprefix("module.") not in taken | set(model.graph.initializers):
             value = model.graph.initializers.pop(name)
             value.name = name.removeprefix("module.")
             model.graph.register_initializer(value)

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from bigain_fx.export.interface import Interface
 from bigain_fx.export.ports import packed
+from bigain_fx.export.retrace import quiet
 from bigain_fx.passes.errors import ExportError, InputError, first_line
 
 
@@ -44,7 +45,7 @@ def write_package(program: ExportedProgram, path: Path, metadata: Mapping[str, s
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             temporary = Path(folder) / path.name
-            with temporary.open("wb") as file:
+            with temporary.open("wb") as file, quiet():
                 sink = _Sink(file)
                 # The metadata as a copy: torch adds its own entries to what it is given.
                 aoti_compile_and_package(

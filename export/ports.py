@@ -82,7 +82,7 @@ class Port:
         """``value`` as the graph takes it.
 
         A timestep may be any number, or a tensor of any dtype and device with one value or one for each of the batch.
-        Anything else has this shape and, if it is floating, this dtype; integers and masks are cast.
+        Anything else has this shape and, if it is floating, this dtype; integers are cast.
 
         Raises:
             InputError: a value that is none of these, or is on another device.
@@ -93,6 +93,8 @@ class Port:
         if not isinstance(value, Tensor | numbers.Real):
             raise InputError(f"{self.key} is a {type(value).__name__}; give a number or a torch.Tensor")
         tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
+        if tuple(tensor.shape) == self.shape:
+            return tensor.to(device, self.torch_dtype)
         values, count = tensor.to(device, self.torch_dtype).reshape(-1), math.prod(self.shape)
         if tensor.ndim > 1 or values.numel() not in (1, count):
             # A batch of equal timesteps is one timestep.
@@ -108,7 +110,9 @@ class Port:
             raise self._misshapen(value)
         if value.device != device:
             raise InputError(f"{self.key} is on {value.device}, the graph runs on {device}; move it there")
-        if value.dtype != self.torch_dtype and (value.is_floating_point() or value.is_complex()):
+        # A mask means another thing as bool than as float: integers are cast alone.
+        boolean = value.dtype == torch.bool and self.torch_dtype.is_floating_point
+        if value.dtype != self.torch_dtype and (value.is_floating_point() or value.is_complex() or boolean):
             raise InputError(f"{self.key} has dtype {value.dtype}, the graph takes {self.torch_dtype}; cast it")
         return value.to(self.torch_dtype)
 

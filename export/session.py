@@ -54,7 +54,11 @@ class Session:
     ) -> None:
         ort = _runtime()
         self.path = Path(path)
-        wanted = list(providers) if providers is not None else _default_providers(ort)
+        given = [providers] if isinstance(providers, str) else providers
+        wanted = list(given) if given is not None else _default_providers(ort)
+        if session_options is None:
+            session_options = ort.SessionOptions()
+            session_options.log_severity_level = 3  # else it warns of each constant that it does not fold
         _check_available(wanted, ort.get_available_providers())
         _check_file(self.path)
         try:
@@ -101,6 +105,9 @@ class Session:
 
         Returns:
             Fresh tensors on :attr:`device`, ready for torch's current stream.
+
+        Raises:
+            InputError: a value that the graph cannot take, such as a label out of range.
         """
         sources = [packed(tensor.detach()) for tensor in inputs]
         results = [torch.empty(tuple(shape), dtype=dtype, device=self.device) for shape, dtype in outputs]
@@ -112,7 +119,10 @@ class Session:
         # ONNX Runtime has a stream of its own.
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise InputError(f"ONNX Runtime cannot run {self.path} on these inputs: {first_line(error)}") from error
         binding.synchronize_outputs()
         return results
 

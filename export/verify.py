@@ -8,13 +8,13 @@ plans agree with those is told apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, fx
 
@@ -22,10 +22,12 @@ from bigain_fx.export.functions import DOMAIN
 from bigain_fx.export.interface import Interface
 from bigain_fx.export.session import Session
 from bigain_fx.passes.errors import ExportError
+from bigain_fx.passes.sites import module_name
 
 LIMITS = {"float32": 1e-3, "float16": 5e-2}
 """Relative L2 beyond which an output is wrong. What correct graphs show is far below: 1e-6 and 3e-3."""
 PLANS = ("LaplacianMergePlan", "MergePlan")
+PLAN = torch.ops.bigain.merge_plan.default
 
 
 @dataclass(frozen=True)
@@ -88,37 +90,63 @@ def verify(path: Path, module: fx.GraphModule, inputs: Sequence[Tensor], interfa
 
 
 class _Forced(fx.Interpreter):
-    """Runs a graph with the given plans, and counts where its own would be the same."""
+    """Runs a graph with the given plans, by module, and counts where its own would be the same.
 
-    def __init__(self, module: fx.GraphModule, plans: Sequence[Tensor]) -> None:
+    The exporter joins equal plans into one node, so a module may have fewer than it has plan nodes here: one without is
+    given the plan of an earlier node that had the same metric.
+    """
+
+    def __init__(self, module: fx.GraphModule, plans: Mapping[str, Sequence[Tensor]]) -> None:
         super().__init__(module)
-        self._plans, self._shares = iter(plans), list[float]()
+        self._plans = {where: list(found) for where, found in plans.items()}
+        self._todo = Counter(module_name(node) for node in module.graph.nodes if node.target is PLAN)
+        self._earlier: list[tuple[tuple[Any, ...], Tensor]] = []
+        self._shares, self._where = list[float](), ""
 
     @property
     def agreement(self) -> float | None:
         return sum(self._shares) / len(self._shares) if self._shares else None
 
+    def run_node(self, n: fx.Node) -> Any:
+        self._where = module_name(n)
+        return super().run_node(n)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = super().call_function(target, args, kwargs)
-        if target is not torch.ops.bigain.merge_plan.default:
+        if target is not PLAN:
             return found
-        forced = next(self._plans).to(found[0].device)
+        forced = self._given(args).to(found[0].device)
         self._shares.append(float((forced == found[0]).double().mean()))
         return forced, found[1]
 
+    def _given(self, args: tuple[Any, ...]) -> Tensor:
+        left, todo = self._plans.get(self._where, []), self._todo[self._where]
+        self._todo[self._where] -= 1
+        if len(left) < todo and (same := [plan for earlier, plan in self._earlier if _equal(earlier, args)]):
+            return same[-1]
+        if not left:
+            raise ExportError(f"{self._where}: its plan is not in the file, nor an earlier one of an equal metric")
+        self._earlier.append((args, left[0]))
+        return left.pop(0)
+
+
+def _equal(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
+    return len(left) == len(right) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        for a, b in zip(left, right, strict=True)
+    )
+
 
 def _run(path: Path, inputs: Sequence[Tensor], outputs: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of every constant that it does not fold
-    return Session(path, ["CPUExecutionProvider"], options).run(inputs, outputs)
+    return Session(path, ["CPUExecutionProvider"]).run(inputs, outputs)
 
 
-def _plans(path: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The plans that the file at ``path`` makes, in graph order, from a copy of it that gives them away."""
+def _plans(path: Path, inputs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """The plans that the file at ``path`` makes, by module, from a copy of it that gives them away."""
     model = onnx.load(path, load_external_data=False)
     nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in PLANS]
     if not nodes:
-        return []
+        return {}
     shapes = {info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in model.graph.value_info}
     names = [node.output[0] for node in nodes]
     del model.graph.output[:]
@@ -128,12 +156,18 @@ def _plans(path: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
     probe = path.with_name(f"{path.stem}-plans.onnx")
     try:
         onnx.save(model, probe)
-        return _run(probe, inputs, [(shapes[name], torch.int64) for name in names])
+        found = _run(probe, inputs, [(shapes[name], torch.int64) for name in names])
     finally:
         probe.unlink(missing_ok=True)
+    plans: dict[str, list[Tensor]] = {}
+    for node, plan in zip(nodes, found, strict=True):
+        where = {entry.key: entry.value for entry in node.metadata_props}
+        plans.setdefault(where.get("module", ""), []).append(plan)
+    return plans
 
 
 def _deviation(name: str, output: Tensor, expected: Tensor) -> Deviation:
     difference = output.double() - expected.double()
-    norm = float(expected.double().norm())
-    return Deviation(name, float(difference.abs().max()), float(difference.norm()) / norm if norm else math.inf)
+    norm, error = float(expected.double().norm()), float(difference.norm())
+    relative = error / norm if norm else math.inf if error else 0.0
+    return Deviation(name, float(difference.abs().max()), relative)

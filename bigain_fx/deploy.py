@@ -120,7 +120,8 @@ def export_onnx(
     Raises:
         InputError: ``path``, ``dtype``, ``opset``, ``attention`` or the inputs are none of these; no onnx here.
         ExportError: torch cannot export the graph, an output is not finite or deviates from torch's, or the files
-            cannot be written. Files that were there before are still there, and nothing else.
+            cannot be written. Files that were there before are still there, and nothing else; where a disk fails
+            between two sizes, the error names those that were replaced.
         BigainError: what :func:`bigain_fx.optimize` raises.
     """
     started = time.perf_counter()

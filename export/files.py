@@ -68,18 +68,27 @@ def publish(staged: Path, folder: Path) -> int:
         Bytes of the files that were moved.
 
     Raises:
-        ExportError: a folder has the name of a graph; nothing was moved then.
+        ExportError: a folder has the name of a graph, or a move fails; it says what was moved.
     """
     graphs, data = sorted(staged.glob("*.onnx")), sorted(staged.glob("*.data"))
     replaced = {weights for graph in graphs for weights in _weights_of(folder / graph.name)}
     if taken := [graph.name for graph in graphs if (folder / graph.name).is_dir()]:
         raise ExportError(f"{taken[0]!r} is a folder; name another file; nothing was left")
-    size = 0
+    fresh = [path.name for path in data if not (folder / path.name).exists()]
+    size, moved = 0, list[str]()
     for path in (*data, *graphs):
         size += path.stat().st_size
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(path, folder / path.name)
+        try:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(path, folder / path.name)
+        except OSError as error:
+            written = [name for name in moved if name.endswith(".onnx")]
+            for name in [] if written else [name for name in fresh if name in moved]:
+                (folder / name).unlink(missing_ok=True)
+            what = f"only {', '.join(written)} was replaced" if written else "nothing was left"
+            raise ExportError(f"{path.name!r} cannot be written: {error.strerror or error}; {what}") from error
+        moved.append(path.name)
     if replaced:
         kept = {weights for graph in folder.glob("*.onnx") for weights in _weights_of(graph)}
         for name in replaced - kept:

@@ -6,7 +6,6 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from bigain_fx.export import files, lint, onnx_graph
 from bigain_fx.models import KNOWN, example_inputs
 from bigain_fx.passes.methods import parse
 from tests.test_optimize import dit, unet
+from tests.test_sample import _one_thread  # noqa: F401
 
 METHODS = ["dense", "bigain-tm:0.7", "bigain-td:2", "bigain-td:2:0.8..1.2", "bigain-tm:0.7+bigain-td:2:0.8..1.2"]
 BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2}
@@ -64,14 +64,6 @@ def model_of(name: str) -> tuple[nn.Module, dict[str, Any]]:
         return model, example_inputs(model, 16, 2)
     model = embedded.load(name).model
     return model, example_inputs(model, 32, 2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +332,29 @@ def test_a_folder_of_the_graphs_name(inputs: Any, tmp_path: Path) -> None:
     with pytest.raises(bgx.ExportError, match=r"'u-2x4x8x8.onnx' is a folder; .*nothing was left"):
         bgx.export_onnx(unet(), None, tmp_path / "u.onnx", method=(), example_inputs=[((), inputs)], verify=False)
     assert [path.name for path in tmp_path.iterdir()] == ["u-2x4x8x8.onnx"]
+
+
+@pytest.mark.parametrize(("graphs", "left"), [(0, "nothing was left"), (1, "only a.onnx was replaced")])
+def test_a_move_that_fails_says_what_was_moved(
+    graphs: int, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged, folder = tmp_path / "staged", tmp_path / "folder"
+    for place in (staged, folder):
+        place.mkdir()
+    for name in ("u-0123456789ab.data", "a.onnx", "b.onnx"):
+        (staged / name).write_text("new")
+    replace, calls = os.replace, []
+
+    def fails(source: Any, target: Any) -> None:
+        calls.append(source)
+        if len(calls) > 1 + graphs:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(bgx.ExportError, match=f"cannot be written: No space left on device; {left}"):
+        files.publish(staged, folder)
+    assert sorted(path.name for path in folder.iterdir()) == (["a.onnx", "u-0123456789ab.data"] if graphs else [])
 
 
 @pytest.mark.parametrize("export", [bgx.export_onnx, bgx.export_package])

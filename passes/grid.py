@@ -1,46 +1,80 @@
 """Which tokens lie on which ``(h, w)`` grid, read from the graph.
 
-The rows and columns of every 4-D feature map are followed, by the rules of :mod:`bigain_fx.passes.axes`, through the
-flatten, the patch embedding, residual adds, norms and attention to wherever tokens are used.
+The rows and columns of every 4-D feature map are followed, by the rules of :mod:`bigain_fx.passes.rules`, through the
+flatten, the patch embedding, residual adds, norms, attention and the company of text to wherever tokens are used.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch.fx import Graph, Node
 
-from bigain_fx.passes.axes import POINTWISE, Layout, Refusal, aten, named, propagate, shape_of
+from bigain_fx.passes.axes import Layout, Refusal, aten, named, names, parts, shape_of
 from bigain_fx.passes.errors import GridError
+from bigain_fx.passes.rules import CONCATENATIONS, POINTWISE, SDPA, propagate
 
-ROWS, COLUMNS = "rows", "columns"
+FRAMES, ROWS, COLUMNS = "frames", "rows", "columns"
 Grid = tuple[int, int]
+_CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.conv3d.padding})
+_JOINS = POINTWISE | CONCATENATIONS | {aten.stack.default, aten.pad_sequence.default}
 
 
-def image_layouts(graph: Graph) -> dict[Node, Layout]:
-    """Layout of every node in which rows and columns of an image could be followed."""
+def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
+    """Layout of every node in which rows and columns of an image could be followed.
+
+    Args:
+        graph: with ``meta["val"]`` on every node.
+        hint: ``(rows, columns)`` of the first input's tokens, where that is ``(B, rows * columns, C)``.
+    """
     layouts: dict[Node, Layout] = {}
+    first = next((node for node in graph.nodes if node.op == "placeholder"), None)
     for node in graph.nodes:
         shape = shape_of(node)
-        followed = [source for source in node.all_input_nodes if source in layouts]
         layout: Layout | Refusal | None = None
-        if node.target in (aten.conv2d.default, aten.conv2d.padding) or (node.op == "placeholder" and len(shape) == 4):
-            layout = (named("", shape[0]), named("", shape[1]), named(ROWS, shape[2]), named(COLUMNS, shape[3]))
-        elif node.target is aten.scaled_dot_product_attention.default and node.args[0] in layouts:
-            layout = (*layouts[node.args[0]][:-1], named("", shape[-1]))
-        elif followed and (node.args[0] in layouts or node.target in POINTWISE or node.target is aten.cat.default):
+        if node.target in _CONVOLUTIONS or (node.op == "placeholder" and len(shape) in (4, 5)):
+            layout = _feature_map(shape)
+        elif node is first and hint and len(shape) == 3 and shape[1] == math.prod(hint):
+            layout = (named("", shape[0]), named(ROWS, hint[0]) + named(COLUMNS, hint[1]), named("", shape[2]))
+        elif node.target is SDPA:
+            layout = (*layouts[node.args[0]][:-1], named("", shape[-1])) if node.args[0] in layouts else None
+        elif any(source in layouts for source in node.all_input_nodes) and (
+            node.args[0] in layouts or node.target in _JOINS
+        ):
             layout = propagate(node, layouts)
         if layout is not None and not isinstance(layout, Refusal):
             layouts[node] = layout
     return layouts
 
 
-def grid_of(layout: Layout | None, dim: int = 1) -> Grid | None:
-    """The ``(h, w)`` of dimension ``dim``, if it is rows by columns and nothing else."""
-    if layout is None or [axis.name for axis in layout[dim]] != [ROWS, COLUMNS]:
+def _feature_map(shape: tuple[int, ...]) -> Layout | None:
+    if len(shape) not in (4, 5):
         return None
-    return layout[dim][0].size, layout[dim][1].size
+    frames = [named(FRAMES, size) for size in shape[2:-2]]
+    return (named("", shape[0]), named("", shape[1]), *frames, named(ROWS, shape[-2]), named(COLUMNS, shape[-1]))
+
+
+def placed(node: Node, layouts: Mapping[Node, Layout]) -> tuple[Grid, int, int] | None:
+    """The grid of the image among the rows of ``node (B, rows, C)``, and the number of rows before and after it."""
+    layout = layouts.get(node)
+    if layout is None or len(layout) != 3 or names(layout[0]) or names(layout[2]):
+        return None
+    before, inner, after = parts(layout[1])
+    sizes = {name: axis.size for axis in inner for name in axis.names}
+    sides = [axis.size for axis in inner]
+    # An image of one row or column has lost that axis: it is not told from a line of tokens.
+    return ((sides[0], sides[1]), before, after) if [*sizes] == [ROWS, COLUMNS] and len(sides) == 2 else None
+
+
+def why_unplaced(node: Node, layouts: Mapping[Node, Layout]) -> str:
+    """Why :func:`placed` finds nothing, in words."""
+    layout = layouts.get(node, ())
+    if any(FRAMES in names(dim) for dim in layout[1:]):
+        return "video: its tokens are frames x rows x columns; a grid is one image"
+    if layout and names(layout[0]):
+        return "it attends across images or within windows: rows and columns are in its batch"
+    return "no grid: the graph does not tell which tokens lie where; pass grid="
 
 
 def grid_from_hint(hint: Grid, tokens: int) -> Grid | None:

@@ -20,8 +20,11 @@ from torch.fx import Node
 
 from bigain_fx.passes.axes import shape_of
 from bigain_fx.passes.errors import RewriteError
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.fewer import Fewer, beside, rows_of
+from bigain_fx.passes.fused import separated
 from bigain_fx.passes.methods import KVMethod, LinearAlpha
+from bigain_fx.passes.ops import nearest_tokens
+from bigain_fx.passes.rules import mask_of
 from bigain_fx.passes.sites import AttentionSite
 from bigain_fx.passes.surgery import Surgeon
 
@@ -29,35 +32,50 @@ bigain = torch.ops.bigain
 TIMESTEP_INPUTS = ("timestep", "timesteps", "t")
 
 
-def refuse(site: AttentionSite, grid: Grid, method: KVMethod) -> str | None:
+def refuse(site: AttentionSite, method: KVMethod) -> str | None:
     """Why ``method`` does nothing at ``site``, or None."""
-    if any(side % method.factor for side in grid):
-        return f"factor {method.factor} does not divide the grid {grid}"
+    if any(side % method.factor for side in site.grid):
+        return f"factor {method.factor} does not divide the grid {site.grid}"
     return None
 
 
-def tokens_after(site: AttentionSite, grid: Grid, method: KVMethod) -> int:
-    """Keys and values that are left."""
+def tokens_after(site: AttentionSite, method: KVMethod) -> int:
+    """Keys and values of image tokens that are left."""
     return site.tokens // method.factor**2
 
 
-def apply(surgeon: Surgeon, site: AttentionSite, grid: Grid, method: KVMethod) -> AttentionSite:
+def apply(surgeon: Surgeon, site: AttentionSite, method: KVMethod) -> AttentionSite:
     """Carry out the rewrite; the site that is left has keys and values that no longer come from ``x``."""
-    left = tokens_after(site, grid, method)
-    with surgeon.graph.inserting_before(site.sdpa):
+    site = separated(surgeon, site, {*site.paths["k"], *site.paths["v"]})
+    left = tokens_after(site, method)
+    sdpa, (query, key, value) = site.sdpa, site.sdpa.args[:3]
+    with surgeon.after(site.x):
         alpha: Any = method.alpha
         overload = bigain.kv_downsample.default
         if isinstance(alpha, LinearAlpha):
-            ends = [float(end) for end in (alpha.noisy, alpha.clean, alpha.t_noisy, alpha.t_clean)]
+            ends = (alpha.noisy, alpha.clean, alpha.t_noisy, alpha.t_clean)
             timestep = _timestep(surgeon, site, alpha)
-            alpha = surgeon.emit(bigain.linear_alpha.default, (timestep, site.batch, *ends), like=site.sdpa)
+            alpha = surgeon.emit(bigain.linear_alpha.default, (timestep, site.batch, *map(float, ends)), like=sdpa)
             overload = bigain.kv_downsample.Tensor
-        tokens = surgeon.emit(overload, (site.x, alpha, list(grid), method.factor), like=site.sdpa)
-        inner = sorted({*site.paths["k"], *site.paths["v"]})
-        known = surgeon.replay(inner, {site.x: tokens}, site.layouts, site.tokens, left)
-    query, key, value = site.sdpa.args[:3]
-    site.sdpa.args = (query, known[key], known[value], *site.sdpa.args[3:])  # type: ignore[index]
-    return replace(site, paths={**site.paths, "k": (), "v": ()})
+        image = rows_of(surgeon, site.x, 1, site.before, site.after)
+        tokens = surgeon.emit(overload, (image, alpha, list(site.grid), method.factor), like=sdpa)
+        known = {site.x: beside(surgeon, site.x, tokens, 1, site.before, site.after)}
+        rep = surgeon.constant(f"bigain_nearest_{site.grid[0]}x{site.grid[1]}_{method.factor}",
+                               nearest_tokens(site.grid, method.factor).unsqueeze(0), like=sdpa)  # fmt: skip
+    fewer = Fewer(surgeon, site.layouts, site.tokens, left, rep)
+    fewer.replay(sorted({*site.paths["k"], *site.paths["v"]}), known)
+    args = [query, known[key], known[value], *sdpa.args[3:]]  # type: ignore[index]
+    kwargs = dict(sdpa.kwargs)
+    if (mask := mask_of(sdpa)) and shape_of(mask)[-1] > 1:
+        with surgeon.graph.inserting_before(sdpa):
+            fewer_keys = fewer.pick(mask, (-1,), (*site.layouts[sdpa][:-1], site.layouts[key][-2]))  # type: ignore[index]
+        args, kwargs = (
+            [*args[:3], fewer_keys, *args[4:]],
+            {name: v for name, v in kwargs.items() if name != "attn_mask"},
+        )
+    sdpa.args, sdpa.kwargs = tuple(args), kwargs
+    layouts = {node: layout for node, layout in site.layouts.items() if node not in (key, value)}
+    return replace(site, paths={**site.paths, "k": (), "v": ()}, layouts=layouts)
 
 
 def _timestep(surgeon: Surgeon, site: AttentionSite, alpha: LinearAlpha) -> Node:

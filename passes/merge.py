@@ -1,4 +1,4 @@
-"""Rewrite: a self-attention among merged tokens.
+"""Rewrite: a self-attention, or its whole block, among merged tokens.
 
 ::
 
@@ -6,63 +6,111 @@
     y = way_out(sdpa(q, k, v))          ->     q, k, v = project(merge(x, assign))
     x + y                                      y = unmerge(way_out(sdpa(q, k, v)), assign)
                                                x + y
+
+Text beside the image keeps its place and number; rotary angles and masks are those of ``rep``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.fx import Node
 
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.axes import aten, parts, shape_of
+from bigain_fx.passes.fewer import Fewer, beside, rows_of
+from bigain_fx.passes.fused import separated
 from bigain_fx.passes.methods import MergeMethod, ToMe
+from bigain_fx.passes.metric import Metric
 from bigain_fx.passes.ops import complete_cells, random_positions
+from bigain_fx.passes.region import Region
 from bigain_fx.passes.sites import AttentionSite
 from bigain_fx.passes.surgery import Surgeon
 
 bigain = torch.ops.bigain
 
 
-def tokens_after(site: AttentionSite, grid: Grid, method: MergeMethod) -> int:
+def tokens_after(site: AttentionSite, method: MergeMethod) -> int:
     """Tokens that are left: ``N - min(int(N * ratio), sources)``."""
-    sources = site.tokens - math.prod(complete_cells(grid, method.cell))
+    sources = site.tokens - math.prod(complete_cells(site.grid, method.cell))
     return site.tokens - min(int(site.tokens * method.ratio), sources)
 
 
-def refuse(site: AttentionSite, grid: Grid, method: MergeMethod) -> str | None:
+def refuse(site: AttentionSite, method: MergeMethod) -> str | None:
     """Why ``method`` does nothing at ``site``, or None."""
-    if 0 in complete_cells(grid, method.cell):
-        return f"cell {method.cell} is larger than the grid {grid}"
-    if tokens_after(site, grid, method) == site.tokens:
+    if 0 in complete_cells(site.grid, method.cell):
+        return f"cell {method.cell} is larger than the grid {site.grid}"
+    if tokens_after(site, method) == site.tokens:
         return f"ratio {method.ratio:g} of {site.tokens} tokens merges none"
+    if method.metric == "stream" and site.above is None:
+        return "metric 'stream': no norm is found above its input"
     return None
 
 
-def apply(surgeon: Surgeon, site: AttentionSite, grid: Grid, method: MergeMethod) -> AttentionSite:
+def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> AttentionSite:
     """Carry out the rewrite; operands of the SDPA that no longer come from ``x`` stay as they are."""
-    left = tokens_after(site, grid, method)
-    with surgeon.graph.inserting_before(site.sdpa):
-        metric = site.x
-        if site.norm is not None:
-            source: Node = site.norm.args[0]  # type: ignore[assignment]
-            metric = surgeon.replay(site.metric, {site.norm: source}, {}, left, left).get(site.x, source)
-        position = None
-        if isinstance(method, ToMe):
-            offsets = random_positions(grid, method.cell, method.seed)
-            if method.destination == "top-left":
-                offsets = torch.zeros_like(offsets)
-            name = f"bigain_positions_{grid[0]}x{grid[1]}"
-            position = surgeon.constant(name, offsets, like=site.sdpa)
-        args = (metric, list(grid), list(method.cell), site.tokens - left, position)
-        plan = surgeon.emit(bigain.merge_plan.default, args, like=site.sdpa)
-        assign = surgeon.item(plan, 0)
-        tokens = surgeon.emit(bigain.merge.default, (site.x, assign, left), like=site.sdpa)
+    regions: Sequence[tuple[Node, Region]] = site.block
+    if method.scope == "attention":
+        site = separated(surgeon, site, {node for path in site.paths.values() for node in path})
         inner = sorted({node for path in site.paths.values() for node in path})
-        known = surgeon.replay(inner, {site.x: tokens}, site.layouts, site.tokens, left)
-    after = site.exit.next
-    with surgeon.graph.inserting_before(after):
-        known = surgeon.replay(site.output, known, site.layouts, site.tokens, left)
-        whole = surgeon.emit(bigain.unmerge.default, (known[site.exit], assign), like=site.sdpa)
-    site.exit.replace_all_uses_with(whole)
+        output = site.output
+        nodes = (*inner, *output.nodes)
+        regions = [(site.x, Region(nodes, output.exits, output.loose, output.joins, site.layouts))]
+    left = tokens_after(site, method)
+    with surgeon.after(site.x):
+        assign, rep = _plan(surgeon, site, method, left)
+    for source, region in regions:
+        before, _, after = parts(region.layouts[source][1])
+        fewer = Fewer(surgeon, region.layouts, site.tokens, left, rep)
+        with surgeon.after(max(source, assign, rep)):
+            tokens = rows_of(surgeon, source, 1, before, after)
+            merged = surgeon.emit(bigain.merge.default, (tokens, assign, left), like=site.sdpa)
+            known = {source: beside(surgeon, source, merged, 1, before, after)}
+        fewer.replay(region.nodes, known)
+        for node in region.loose:
+            node.replace_all_uses_with(known[node])
+        for node in region.exits:
+            before, _, after = parts(region.layouts[node][1])
+            with surgeon.after(known[node]):
+                whole = _unmerge(surgeon, known[node], assign, before, after, like=site.sdpa)
+            node.replace_all_uses_with(whole)
     return site
+
+
+def _plan(surgeon: Surgeon, site: AttentionSite, method: MergeMethod, left: int) -> tuple[Node, Node]:
+    """The two maps, ``assign (B, N)`` and ``rep (B, left)``, or ``(1, left)`` where samples share one plan."""
+    emit = surgeon.emit
+    found = {"auto": site.direct, "stream": site.above, "input": None}[method.metric] or Metric(site.x)
+    metric = found.source
+    for view in found.views:
+        metric = emit(view.target, (metric, *view.args[1:]), like=view, kwargs=view.kwargs)
+    metric = rows_of(surgeon, metric, 1, site.before, site.after)
+    shared = method.align == "batch" and site.batch > 1
+    if shared:
+        swapped = emit(aten.transpose.int, (metric, 0, 1), like=site.sdpa)
+        metric = emit(aten.reshape.default, (swapped, [1, site.tokens, -1]), like=site.sdpa)
+    position = None
+    if isinstance(method, ToMe):
+        offsets = random_positions(site.grid, method.cell, method.seed)
+        if method.destination == "top-left":
+            offsets = torch.zeros_like(offsets)
+        position = surgeon.constant(f"bigain_positions_{site.grid[0]}x{site.grid[1]}", offsets, like=site.sdpa)
+    args = (metric, list(site.grid), list(method.cell), site.tokens - left, position)
+    plan = emit(bigain.merge_plan.default, args, like=site.sdpa)
+    assign, rep = surgeon.item(plan, 0), surgeon.item(plan, 1)
+    if shared:
+        assign = emit(aten.expand.default, (assign, [site.batch, site.tokens]), like=site.sdpa)
+    return assign, rep
+
+
+def _unmerge(surgeon: Surgeon, node: Node, assign: Node, before: int, after: int, like: Node) -> Node:
+    """All tokens of ``node (B, rows, ...)`` again."""
+    shape = shape_of(node)
+    tokens = rows_of(surgeon, node, 1, before, after)
+    if len(shape) > 3:
+        tokens = surgeon.emit(aten.flatten.using_ints, (tokens, 2), like=node)
+    tokens = surgeon.emit(bigain.unmerge.default, (tokens, assign), like)
+    if len(shape) > 3:
+        tokens = surgeon.emit(aten.unflatten.int, (tokens, 2, list(shape[2:])), like=node)
+    return beside(surgeon, node, tokens, 1, before, after)

@@ -14,6 +14,12 @@ from typing import ClassVar
 from bigain_fx.passes.errors import MethodError
 
 MERGE, KV = "merge", "kv"
+CHOICES = {
+    "destination": ("random", "top-left"),
+    "scope": ("attention", "block"),
+    "align": ("sample", "batch"),
+    "metric": ("auto", "stream", "input"),
+}
 
 
 @dataclass(frozen=True)
@@ -22,18 +28,22 @@ class LinearAlpha:
 
     Attributes:
         noisy, clean: alpha at ``t_noisy`` and at ``t_clean``.
-        t_noisy, t_clean: the ends, in the units in which the model takes its timestep. The defaults suit models that
-            take 0..999; Flux, for one, takes t / 1000.
+        t_noisy, t_clean: the ends, in the units in which the model takes its timestep, such as 999 and 0; Flux, for
+            one, takes t / 1000. None for both: the units of the model's family, filled in before a graph is rewritten.
     """
 
     noisy: float = 0.8
     clean: float = 1.2
-    t_noisy: float = 999
-    t_clean: float = 0
+    t_noisy: float | None = None
+    t_clean: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("noisy", "clean", "t_noisy", "t_clean"):
+        if (self.t_noisy is None) != (self.t_clean is None):
+            raise MethodError(f"t_noisy={self.t_noisy!r}, t_clean={self.t_clean!r}: give both ends, or neither")
+        for name in ("noisy", "clean") if self.t_noisy is None else ("noisy", "clean", "t_noisy", "t_clean"):
             _number(name, getattr(self, name))
+        if self.t_noisy is None:
+            return
         if self.t_noisy == self.t_clean:
             raise MethodError(f"t_noisy={self.t_noisy!r} equals t_clean: the two ends of the schedule must differ")
 
@@ -46,7 +56,10 @@ class _Merge:
     ratio: float = 0.7
     cell: tuple[int, int] = (2, 2)
 
-    def _check(self, levels: int | None) -> None:
+    def _check(self, levels: int | None, **choices: str) -> None:
+        for name, value in choices.items():
+            if value not in CHOICES[name]:
+                raise MethodError(f"{name}={value!r} must be {' or '.join(map(repr, CHOICES[name]))}")
         if (
             not isinstance(self.cell, tuple)
             or len(self.cell) != 2
@@ -74,12 +87,21 @@ class LaplacianMerge(_Merge):
         ratio: share of the tokens that merge away, from 0 to ``1 - 1 / (rows * columns)``.
         cell: (rows, columns) of tokens that elect one destination.
         levels: how many of the finest image grids to merge on; None is all of them.
+        scope: ``"attention"`` (the paper), or ``"block"``: every branch of the residual stream from one self-attention
+            to the next, cross-attention and MLP too, works on the merged tokens.
+        align: ``"sample"`` plans each sample of a batch on its own; ``"batch"`` makes one plan for all of them, from
+            their metrics side by side: for the halves of guidance, or one image under many conditions.
+        metric: what the plan is made from: ``"stream"`` is the input of the norm above the attention, ``"input"`` what
+            the attention reads, ``"auto"`` the stream where nothing but the norm lies between (``docs/operators.md``).
     """
 
     levels: int | None = 1
+    scope: str = "attention"
+    align: str = "sample"
+    metric: str = "auto"
 
     def __post_init__(self) -> None:
-        self._check(self.levels)
+        self._check(self.levels, scope=self.scope, align=self.align, metric=self.metric)
 
     def __str__(self) -> str:
         return f"bigain-tm:{self.ratio:g}"
@@ -90,18 +112,20 @@ class ToMe(_Merge):
     """ToMe for diffusion, the baseline: as :class:`LaplacianMerge`, with destinations that ignore the image.
 
     Attributes:
-        ratio, cell, levels: as in :class:`LaplacianMerge`.
+        ratio, cell, levels, scope, align, metric: as in :class:`LaplacianMerge`.
         destination: ``"random"``, one draw per graph and grid from ``seed``, or ``"top-left"`` of each cell.
     """
 
     destination: str = "random"
     seed: int = 0
     levels: int | None = 1
+    scope: str = "attention"
+    align: str = "sample"
+    metric: str = "auto"
 
     def __post_init__(self) -> None:
-        self._check(self.levels)
-        if self.destination not in ("random", "top-left"):
-            raise MethodError(f"destination={self.destination!r} must be 'random' or 'top-left'")
+        choices = {name: getattr(self, name) for name in CHOICES}
+        self._check(self.levels, **choices)
         if not isinstance(self.seed, int):
             raise MethodError(f"seed={self.seed!r} must be an integer")
 

@@ -14,9 +14,10 @@ from torch.fx import Graph, GraphModule
 from bigain_fx.passes import kv, merge
 from bigain_fx.passes.axes import Refusal, shape_of
 from bigain_fx.passes.flops import flops
-from bigain_fx.passes.grid import Grid, check_hint, grid_from_hint, grid_of, image_layouts
+from bigain_fx.passes.grid import Grid, check_hint, image_layouts, placed
+from bigain_fx.passes.inplace import as_values
 from bigain_fx.passes.methods import KV, MERGE, Method, Methods
-from bigain_fx.passes.sites import SDPA, AttentionSite, find_sites, module_name
+from bigain_fx.passes.sites import AttentionSite, Unplaced, find_sites, module_name
 from bigain_fx.passes.surgery import Surgeon
 
 REWRITES: Mapping[str, ModuleType] = {KV: kv, MERGE: merge}
@@ -31,7 +32,7 @@ class SiteRecord:
         name: path of the module it came from.
         action: ``"merge"``, ``"kv"``, ``"merge+kv"`` or ``"kept"``.
         reason: why it, or part of the method, was not applied; empty otherwise.
-        tokens: rows of its queries.
+        tokens: its image tokens; the rows of its queries where it is kept and they are not known.
         tokens_after: tokens it works on now: the merged ones, or the keys and values where only those fell.
         grid: ``(h, w)`` of its tokens, None where unknown.
         flops, flops_after: of its projections and attention, the plan included.
@@ -71,58 +72,54 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
     """
     result = GraphModule(module, copy.deepcopy(module.graph))
     surgeon = Surgeon(result)
+    surgeon.inline_contexts()
     surgeon.clean()
-    found = find_sites(result.graph)
-    layouts = image_layouts(result.graph)
+    as_values(surgeon)
+    found = find_sites(result.graph, grid)
     sites = [site for _, site in found if isinstance(site, AttentionSite)]
-    inferred = [grid_of(layouts.get(site.x)) for site in sites]
-    check_hint(grid, inferred, [site.tokens for site in sites])
-    grids = {
-        site.sdpa: known or (grid_from_hint(grid, site.tokens) if grid else None)
-        for site, known in zip(sites, inferred, strict=True)
-    }
-    finest = sorted({found for found in grids.values() if found}, key=lambda found: (-math.prod(found), found))
+    if grid is not None:
+        unplaced = [site.tokens for _, site in found if isinstance(site, Unplaced)]
+        layouts = image_layouts(result.graph)
+        places = [placed(site.x, layouts) for site in sites]
+        check_hint(grid, [place and place[0] for place in places], [site.tokens for site in sites] + unplaced)
+    finest = sorted({site.grid for site in sites}, key=lambda sides: (-math.prod(sides), sides))
 
-    attentions = [node for node in result.graph.nodes if node.target is SDPA]
+    names = [module_name(node) for node, _ in found]
+    rows = [site.tokens if isinstance(site, AttentionSite) else shape_of(node)[-2] for node, site in found]
     before, flops_before = _module_flops(result.graph), flops(result.graph.nodes)
     outcomes: list[tuple[str, str, int]] = []
     # The last first: what a site reads is then still what it was found to read.
-    for (_, site), sdpa in reversed(list(zip(found, attentions, strict=True))):
-        tokens = shape_of(sdpa)[-2]
+    for (_, site), tokens in reversed(list(zip(found, rows, strict=True))):
         if isinstance(site, Refusal):
             outcomes.append(("kept", f"{site.reason} (at {site.node})", tokens))
-        elif (known := grids[site.sdpa]) is None:
-            outcomes.append(("kept", "no grid: the graph does not tell which tokens lie where; pass grid=", tokens))
         else:
-            outcomes.append(_rewrite_site(surgeon, site, known, finest.index(known), methods))
+            outcomes.append(_rewrite_site(surgeon, site, finest.index(site.grid), methods))
     outcomes.reverse()
     surgeon.finish()
     after = _module_flops(result.graph)
-    uses = Counter(name for name, _ in found)
+    uses = Counter(names)
     records = tuple(
-        SiteRecord(name, *outcome[:2], shape_of(sdpa)[-2], outcome[2], grids.get(sdpa), before[name] // uses[name],
-                   after[name] // uses[name])
-        for (name, _), outcome, sdpa in zip(found, outcomes, attentions, strict=True)
+        SiteRecord(name, action, reason, tokens, left, site.grid if isinstance(site, AttentionSite) else None,
+                   before[name] // uses[name], after[name] // uses[name])
+        for name, (action, reason, left), tokens, (_, site) in zip(names, outcomes, rows, found, strict=True)
     )  # fmt: skip
     return Rewritten(result, records, flops_before, flops(result.graph.nodes))
 
 
-def _rewrite_site(
-    surgeon: Surgeon, site: AttentionSite, grid: Grid, level: int, methods: Methods
-) -> tuple[str, str, int]:
+def _rewrite_site(surgeon: Surgeon, site: AttentionSite, level: int, methods: Methods) -> tuple[str, str, int]:
     """Apply every method that fits; return the action, the reasons of those that do not, and the tokens left."""
     reasons: list[str] = [] if methods else ["no method"]
     chosen: dict[str, Method] = {}
     for method in methods:
-        reason = _out_of_level(method, level) or REWRITES[method.kind].refuse(site, grid, method)
+        reason = _out_of_level(method, level) or REWRITES[method.kind].refuse(site, method)
         if method.idle or reason:
             reasons.append(reason or "ratio 0")
         else:
             chosen[method.kind] = method
     tokens = site.tokens
     for kind, method in chosen.items():
-        tokens = REWRITES[kind].tokens_after(site, grid, method)
-        site = REWRITES[kind].apply(surgeon, site, grid, method)
+        tokens = REWRITES[kind].tokens_after(site, method)
+        site = REWRITES[kind].apply(surgeon, site, method)
     return "+".join(sorted(chosen, reverse=True)) or "kept", "; ".join(dict.fromkeys(reasons)), tokens
 
 

@@ -1,77 +1,83 @@
 """From every scaled-dot-product attention to a site that can be rewritten, or to a refusal that says why not.
 
-Seeded at the SDPA node, a site is found by dataflow alone: up to the one tensor ``x`` that q, k and v are projected
-from, down to the last node before the branch meets all tokens again.
+Seeded at the SDPA node, a site is found by dataflow alone: up to the one tensor ``x`` that the image's q, k and v are
+projected from, down to the last nodes before the branch meets all tokens again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-import torch
 from torch.fx import Graph, Node
 
-from bigain_fx.passes.axes import (
-    BATCH,
-    CASTS,
-    NORMS,
-    PERMUTATIONS,
-    TOKENS,
-    VIEWS,
-    Layout,
-    Refusal,
-    aten,
-    inactive_dropout,
-    named,
-    names,
-    propagate,
-    shape_of,
-)
-
-SDPA = aten.scaled_dot_product_attention.default
+from bigain_fx.passes.axes import BATCH, TOKENS, Layout, Refusal, aten, named, names, parts, segment, shape_of
+from bigain_fx.passes.channels import channel_parts
+from bigain_fx.passes.grid import Grid, grid_from_hint, image_layouts, placed, why_unplaced
+from bigain_fx.passes.metric import Metric, stream, without_casts
+from bigain_fx.passes.region import Region, descendants, features, grow, step
+from bigain_fx.passes.rules import SDPA, mask_of
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One self-attention over ``(B, N, C)`` tokens.
+    """One self-attention over the image tokens among the rows of ``x``.
 
     Attributes:
         name: path of the module it came from.
         sdpa: the attention node.
-        x: ``(B, N, C)``, what q, k and v are projected from.
-        metric: nodes from after the norm's input to ``x``; empty where the metric is ``x`` itself
-            (``docs/operators.md``, "Metric").
-        norm: the norm whose input is the metric, or None.
-        paths: for each of ``"q"``, ``"k"``, ``"v"``: the nodes after ``x`` up to the SDPA operand, in graph order;
-            empty once the operand no longer comes from ``x``.
-        output: nodes after the SDPA up to where tokens are given back, in graph order.
-        layouts: layout of every node of ``paths`` and ``output``.
+        x: ``(B, rows, C)``, what q, k and v of the image tokens are projected from.
+        before, after: rows of ``x`` that are no image tokens.
+        grid: ``(h, w)`` of the image tokens.
+        direct: the metric where it is the residual stream: ``x`` is a norm's direct output (``docs/operators.md``,
+            "Metric").
+        above: the input of the norm above ``x``, whatever modulates it in between; None if there is none.
+        paths: for each of ``"q"``, ``"k"``, ``"v"``: the nodes after ``x`` up to the SDPA operand, in graph order.
+        output: the region after the SDPA.
+        block: regions of the whole block, each with the tensor whose tokens it takes: those that read ``x``, the
+            attention among them, then each later branch of the residual stream up to the next attention.
+        layouts: of every node of ``paths`` and ``output``.
     """
 
     name: str
     sdpa: Node
     x: Node
-    norm: Node | None
-    metric: tuple[Node, ...]
+    before: int
+    after: int
+    grid: Grid
+    direct: Metric | None
+    above: Metric | None
     paths: Mapping[str, tuple[Node, ...]] = field(repr=False)
-    output: tuple[Node, ...] = field(repr=False)
+    output: Region = field(repr=False)
+    block: tuple[tuple[Node, Region], ...] = field(repr=False)
     layouts: Mapping[Node, Layout] = field(repr=False)
 
     @property
     def tokens(self) -> int:
-        """``N``."""
-        return shape_of(self.x)[1]
+        """``N``, the image tokens."""
+        return shape_of(self.x)[1] - self.before - self.after
 
     @property
     def batch(self) -> int:
         """``B``."""
         return shape_of(self.x)[0]
 
-    @property
-    def exit(self) -> Node:
-        """The ``(B, N, C')`` node whose readers see all tokens."""
-        return self.output[-1]
+
+@dataclass(frozen=True)
+class Unplaced(Refusal):
+    """A self-attention over ``tokens`` tokens of which nothing tells where they lie."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What is known of the graph as a whole: ``hint`` is None where image layouts alone are to be trusted."""
+
+    images: Mapping[Node, Layout]
+    learned: Set[Node]
+    sampled: Set[Node]
+    """What depends on a layer of the model, and on its first input."""
 
 
 def module_name(node: Node) -> str:
@@ -81,77 +87,139 @@ def module_name(node: Node) -> str:
     return str(paths[-1]) if paths else str(node.meta.get("origin", node.name))
 
 
-def find_sites(graph: Graph) -> list[tuple[str, AttentionSite | Refusal]]:
-    """One record per SDPA node, in graph order, with the module it came from: a site or the reason why it is none."""
-    return [(module_name(node), _match(node)) for node in graph.nodes if node.target is SDPA]
+def find_sites(graph: Graph, hint: Grid | None = None) -> list[tuple[Node, AttentionSite | Refusal]]:
+    """Every SDPA node, in graph order: a site, or the reason why it is none.
+
+    Args:
+        graph: pre-dispatch ATen, ``meta["val"]`` on every node.
+        hint: ``(rows, columns)`` of image tokens at the finest resolution, for graphs that cannot tell.
+    """
+    attentions = [node for node in graph.nodes if node.target is SDPA]
+    first = [node for node in graph.nodes if node.op == "placeholder"][:1]
+    attentions = [node for node in graph.nodes if node.target is SDPA]
+    first = [node for node in graph.nodes if node.op == "placeholder"][:1]
+    around = _Around(image_layouts(graph, hint), features(graph), descendants(first, graph))
+    places = {node: _place(node, around, None) for node in attentions}
+    if hint is not None and all(isinstance(place, Refusal) for place in places.values()):
+        places = {node: _place(node, around, hint) for node in attentions}
+    found = [place for place in places.values() if not isinstance(place, Refusal)]
+    # A rewrite of one attention reads what another gives back: no region may run past it.
+    read = {node for place in found for node in (place.x, *(m.source for m in (place.direct, place.above) if m))}
+    return [
+        (node, place if isinstance(place, Refusal) else _match(node, place, around, read))
+        for node, place in places.items()
+    ]
 
 
-def _match(sdpa: Node) -> AttentionSite | Refusal:
-    refusal = _check_attention(sdpa)
-    if refusal:
-        return refusal
-    operands: dict[str, Node] = dict(zip("qkv", sdpa.all_input_nodes, strict=True))
-    sources = {key: _projected_from(node) for key, node in operands.items()}
-    for key, found in sources.items():
-        if not found:
-            return Refusal(f"{key} is not a linear projection", operands[key].name)
-    if all(len(found) > 1 for found in sources.values()):
-        return Refusal("joint attention: q, k and v are projected from several tensors", sdpa.name)
-    if len(set.union(*sources.values())) != 1:
-        return Refusal("cross-attention: q, k and v are not projected from the same tensor", sdpa.name)
-    (x,) = sources["q"]
+@dataclass(frozen=True)
+class _Place:
+    """What q, k and v of the image tokens are projected from; fields as in :class:`AttentionSite`."""
+
+    x: Node
+    grid: Grid
+    before: int
+    after: int
+
+    @property
+    def direct(self) -> Metric | None:
+        return _shaped(stream(self.x), shape_of(self.x))
+
+    @property
+    def above(self) -> Metric | None:
+        return _shaped(stream(self.x, modulated=True), shape_of(self.x))
+
+
+def _match(sdpa: Node, place: _Place, around: _Around, read: Set[Node]) -> AttentionSite | Refusal:
+    operands: dict[str, Node] = dict(zip("qkv", sdpa.args[:3], strict=True))  # type: ignore[arg-type]
+    x, before, after = place.x, place.before, place.after
     shape = shape_of(x)
-    if len(shape) != 3 or shape[1] < 2:
-        return Refusal(f"its input has shape {shape}, not (batch, tokens, channels)", x.name)
+    batch, tokens = named(BATCH, shape[0]), named(TOKENS, shape[1] - before - after)
+    seed: Layout = (batch, segment(before, tokens, after), named("", shape[2]))
 
-    layouts: dict[Node, Layout] = {x: (named(BATCH, shape[0]), named(TOKENS, shape[1]), named("", shape[2]))}
-    paths: dict[str, tuple[Node, ...]] = {}
-    for key, operand in operands.items():
-        paths[key] = tuple(sorted(_between(x, operand)))
-    for node in sorted({node for path in paths.values() for node in path}):
-        layout = propagate(node, layouts)
+    layouts: dict[Node, Layout] = {x: seed}
+    paths = {key: tuple(sorted(_between(x, operand))) for key, operand in operands.items()}
+    inside = {node for path in paths.values() for node in path}
+    for node in sorted(inside):
+        layout = step(node, layouts, around.learned)
         if isinstance(layout, Refusal):
             return layout
         layouts[node] = layout
     for key, operand in operands.items():
-        batch, *_, rows, channels = layouts[operand]
-        if rows != named(TOKENS, shape[1]) or names(channels) or (shape[0] > 1 and names(batch) != {BATCH}):
+        first, *_, rows, channels = layouts[operand]
+        if parts(rows)[1] != tokens or names(channels) or (shape[0] > 1 and names(first) != {BATCH}):
             return Refusal(f"the rows of {key} are not the tokens of {x.name}", operand.name)
-    inside = {node for path in paths.values() for node in path} | {sdpa}
-    for node in inside - {sdpa}:
-        outside = [user for user in node.users if user not in inside]
-        if outside:
-            return Refusal(f"{node.name} is also read outside the attention, by {outside[0].name}", node.name)
+    mask = mask_of(sdpa)
+    if mask in layouts or mask in around.learned:
+        return Refusal("its mask is computed from features", sdpa.name)
     layouts[sdpa] = (*layouts[operands["q"]][:-1], named("", shape_of(sdpa)[-1]))
-    output = _way_out(sdpa, layouts, shape[0], shape[1])
+    output = grow([sdpa], layouts, (batch, tokens), around.learned, read)
     if isinstance(output, Refusal):
         return output
-    norm, metric = _metric(x)
-    for node in (x, *(norm.all_input_nodes[:1] if norm else ())):
+    known = inside | {sdpa, *output.nodes}
+    carriers = {node for linear in inside for node in channel_parts(linear).carriers}
+    for node in inside - carriers:
+        outside = [user for user in node.users if user not in known]
+        if outside:
+            return Refusal(f"{node.name} is also read outside the attention, by {outside[0].name}", node.name)
+    for node in (x, *(metric.source for metric in (place.direct, place.above) if metric)):
         if changed := next((user for user in node.users if _mutates(user)), None):
             return Refusal(f"{node.name} is changed in place by {changed.name}", node.name)
-    return AttentionSite(module_name(sdpa), sdpa, x, norm, metric, paths, output, layouts)
+    return AttentionSite(
+        module_name(sdpa), sdpa, x, before, after, place.grid, place.direct, place.above, paths, output, (),
+        {**layouts, **output.layouts},
+    )  # fmt: skip
+
+
+def _place(sdpa: Node, around: _Around, hint: Grid | None) -> _Place | Refusal:
+    """Where the image tokens of ``sdpa`` come from; ``hint`` places tokens that the graph does not."""
+    refusal = _check_attention(sdpa)
+    if refusal:
+        return refusal
+    operands: dict[str, Node] = dict(zip("qkv", sdpa.args[:3], strict=True))  # type: ignore[arg-type]
+    sources = {key: _projected_from(node) for key, node in operands.items()}
+    for key, found in sources.items():
+        if not found:
+            return Refusal(f"{key} is not a linear projection", operands[key].name)
+    shared = sorted(set.intersection(*sources.values()))
+    if not shared:
+        return Refusal("cross-attention: q, k and v are not projected from the same tensor", sdpa.name)
+    places = [_Place(node, *place) for node in shared if (place := placed(node, around.images))]
+    if places:
+        several = Refusal(f"q, k and v are projected from {len(places)} images at once", sdpa.name)
+        return places[0] if len(places) == 1 else several
+    x, joint = shared[0], len(set.union(*sources.values())) > 1
+    shape = shape_of(x)
+    if len(shape) != 3 or shape[1] < 2:
+        return Refusal(f"its input has shape {shape}, not (batch, tokens, channels)", x.name)
+    if x not in around.sampled:
+        return Refusal("its tokens are not made from the model's first input: no image", x.name)
+    known = any(names(dim) for dim in around.images.get(x, ()))
+    grid = grid_from_hint(hint, shape[1]) if hint and not joint and not known else None
+    if grid is None:
+        return Unplaced(("joint attention: " if joint else "") + why_unplaced(x, around.images), x.name, shape[1])
+    return _Place(x, grid, 0, 0)
+
+
+def _shaped(metric: Metric | None, shape: tuple[int, ...]) -> Metric | None:
+    """``metric`` if it has the rows of ``x``."""
+    seen = None if metric is None else (metric.views[-1] if metric.views else metric.source)
+    return metric if seen is not None and shape_of(seen)[:2] == shape[:2] and len(shape_of(seen)) == 3 else None
 
 
 def _check_attention(sdpa: Node) -> Refusal | None:
     """What the SDPA node itself forbids."""
-    names_of = ("attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names_of, sdpa.args[3:], strict=False)) | dict(sdpa.kwargs)
-    if given.get("attn_mask") is not None:
-        return Refusal("attention mask", sdpa.name)
+    given = dict(zip(("attn_mask", "dropout_p", "is_causal"), sdpa.args[3:], strict=False)) | dict(sdpa.kwargs)
     if given.get("is_causal"):
         return Refusal("causal attention", sdpa.name)
     if given.get("dropout_p"):
         return Refusal("attention dropout is active", sdpa.name)
     if any(not isinstance(size, int) for node in sdpa.all_input_nodes for size in shape_of(node)):
         return Refusal("dynamic shape", sdpa.name)
-    if len(sdpa.all_input_nodes) != 3:
-        return Refusal("q, k and v are not three tensors", sdpa.name)
     return None
 
 
 def _projected_from(operand: Node) -> set[Node]:
-    """What ``operand`` is projected from: one tensor, through one linear layer or a sum of several in a row (LoRA)."""
+    """What ``operand`` is projected from, through one linear layer or a sum of several in a row (LoRA)."""
     found = _nearest_inputs(operand)
     between = {node for node in found if (above := _nearest_inputs(node)) and above <= found - {node}}
     return found - between
@@ -172,13 +240,6 @@ def _nearest_inputs(operand: Node) -> set[Node]:
     return found
 
 
-def without_casts(node: Node) -> Node:
-    """The node above ``node`` that holds the same values, up to their dtype and memory layout."""
-    while node.target in CASTS or inactive_dropout(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
 def _mutates(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
@@ -197,36 +258,3 @@ def _between(x: Node, operand: Node) -> set[Node]:
         stack.pop()
         depends.setdefault(node, any(depends.get(source, False) for source in node.all_input_nodes))
     return {node for node, does in depends.items() if does} - {x}
-
-
-def _way_out(sdpa: Node, layouts: dict[Node, Layout], batch: int, tokens: int) -> tuple[Node, ...] | Refusal:
-    """Follow the output token by token to the last ``(B, N, C)`` node before all tokens are needed."""
-    path, node, last = [sdpa], sdpa, 0
-    target = [named(BATCH, batch), named(TOKENS, tokens)]
-    stopped = "its output has no (batch, tokens, channels) form"
-    while True:
-        readers = list(node.users)
-        if len(readers) != 1:
-            break
-        layout = propagate(readers[0], layouts)
-        if isinstance(layout, Refusal):
-            stopped = f"its output: {layout.reason}"
-            break
-        (node,) = readers
-        if not isinstance(node.meta.get("val"), torch.Tensor):
-            break
-        layouts[node] = layout
-        path.append(node)
-        if len(layout) == 3 and list(layout[:2]) == target and not names(layout[2]):
-            last = len(path)
-    return tuple(path[:last]) if last else Refusal(stopped, node.name)
-
-
-def _metric(x: Node) -> tuple[Node | None, tuple[Node, ...]]:
-    """The norm that ``x`` is the direct output of, views and casts apart, and the nodes from there to ``x``."""
-    path: list[Node] = []
-    node = x
-    while node.target in VIEWS | PERMUTATIONS | CASTS or inactive_dropout(node):
-        path.append(node)
-        node = node.args[0]  # type: ignore[assignment]
-    return (node, tuple(reversed(path))) if node.target in NORMS else (None, ())

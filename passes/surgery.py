@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,11 +12,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
-from bigain_fx.passes.axes import TOKENS, Layout, aten, names
+from bigain_fx.passes.axes import aten
 
 # Torch calls these impure, for the random numbers that they could draw.
 _DROPPABLE = frozenset({aten.scaled_dot_product_attention.default, aten.dropout.default})
-_SIZED = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
 
 
 class Surgeon:
@@ -53,21 +53,48 @@ class Surgeon:
         node.meta["val"] = self._mode.from_tensor(getattr(self.module, name))
         return node
 
-    def replay(
-        self, nodes: Sequence[Node], env: Mapping[Node, Node], layouts: Mapping[Node, Layout], before: int, after: int
-    ) -> dict[Node, Node]:
-        """Emit ``nodes`` again with their operands replaced by ``env``, ``after`` tokens where there were ``before``.
+    @contextmanager
+    def after(self, node: Node) -> Iterator[None]:
+        """Insert what is emitted right behind ``node``, and behind all inputs of the graph."""
+        behind = node.next
+        while behind.op == "placeholder":
+            behind = behind.next
+        with self.graph.inserting_before(behind):
+            yield
 
-        Returns ``env`` with every replayed node added. ``nodes`` are in graph order.
+    def inline_contexts(self) -> None:
+        """Put what ran inside ``no_grad``, or inside an autocast that does nothing here, where it is called.
+
+        Rotary embeddings are often computed under ``torch.autocast("cuda", enabled=False)``.
         """
-        known = dict(env)
-        for node in nodes:
-            args = tree_map(lambda item: known.get(item, item) if isinstance(item, Node) else item, node.args)
-            kwargs = tree_map(lambda item: known.get(item, item) if isinstance(item, Node) else item, node.kwargs)
-            if node.target in _SIZED and node in layouts:
-                args = tuple(_resize(arg, node, layouts[node], before, after) for arg in args)
-            known[node] = self.emit(node.target, args, node, kwargs)
-        return known
+        for node in list(self.graph.nodes):
+            if node.target is torch.ops.higher_order.wrap_with_autocast and not self._casts(*node.args[:3]):
+                self._inline(node, node.args[4], node.args[5:])
+            elif node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+                self._inline(node, node.args[1], node.args[2:])
+
+    def _casts(self, device: Any, dtype: Any, enabled: Any) -> bool:
+        """Whether an autocast context changes anything, given that which surrounds the capture."""
+        devices = {value.device.type for node in self.graph.nodes if isinstance(value := node.meta.get("val"), Tensor)}
+        available = device in devices and torch.amp.is_autocast_available(device)
+        return available and bool(enabled or torch.is_autocast_enabled(device))
+
+    def _inline(self, call: Node, body: Any, args: Any) -> None:
+        inner = self.module.get_submodule(body.target)
+        assert isinstance(inner, GraphModule)
+        if any(node.op in ("get_attr", "call_module") for node in inner.graph.nodes):
+            return
+        env: dict[Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), args, strict=True))
+        with self.graph.inserting_before(call):
+            for node in inner.graph.nodes:
+                if node.op == "call_function":
+                    env[node] = self.graph.node_copy(node, lambda item: env[item])
+                    env[node].meta |= {key: call.meta[key] for key in ("nn_module_stack",) if key in call.meta}
+        results: Any = inner.graph.output_node().args[0]
+        for user in list(call.users):
+            user.replace_all_uses_with(env[results[user.args[1]]])
+            self.graph.erase_node(user)
+        self.graph.erase_node(call)
 
     def clean(self) -> None:
         """Drop what nobody reads, and the metadata checks that export leaves at casts: they keep tensors alive."""
@@ -82,13 +109,3 @@ class Surgeon:
         self.graph.lint()
         self.module.recompile()
         return self.module
-
-
-def _resize(argument: Any, node: Node, layout: Layout, before: int, after: int) -> Any:
-    """Rewrite the literal sizes of a view: the dimension that holds the tokens has ``after`` of them."""
-    if not isinstance(argument, list | tuple):
-        return argument
-    return [
-        size // before * after if TOKENS in names(dim) and size != -1 else size
-        for size, dim in zip(argument, layout, strict=True)
-    ]

@@ -325,18 +325,14 @@ REFUSED: list[tuple[type[Toy], str]] = [
     (CrossKeys, "cross-attention"),
     (CrossValues, "cross-attention"),
     (CrossQueries, "cross-attention"),
-    (Masked, "attention mask"),
     (Causal, "causal"),
     (Dropped, "dropout is active"),
-    (Rotary, "has a value for every token"),
-    (Joint, "joint attention"),
     (Windows, "split or regrouped"),
     (ChannelAttention, "are not the tokens"),
     (AcrossBatch, "are not the tokens"),
     (Reused, "also read outside"),
-    (MixedKeys, "no rule for aten.softmax"),
+    (MixedKeys, "tokens are mixed"),
     (ChangedInPlace, "is changed in place"),
-    (ClassToken, "no grid"),
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bigain_fx.passes.ops.kv import kv_downsample, linear_alpha
+from bigain_fx.passes.ops.kv import kv_downsample, linear_alpha, nearest_tokens
 from bigain_fx.passes.ops.merge import merge, unmerge
 from bigain_fx.passes.ops.plan import merge_plan
 from bigain_fx.passes.ops.score import complete_cells, laplacian_score, random_positions
@@ -33,6 +33,6 @@ for _schema, _kernel in SCHEMAS.items():
     torch.library.impl(f"bigain::{_name}", "CompositeImplicitAutograd", _kernel)
 
 __all__ = [
-    "complete_cells", "kv_downsample", "laplacian_score", "linear_alpha", "merge", "merge_plan", "random_positions",
-    "unmerge",
+    "complete_cells", "kv_downsample", "laplacian_score", "linear_alpha", "merge", "merge_plan", "nearest_tokens",
+    "random_positions", "unmerge",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -25,6 +26,12 @@ def kv_downsample(x: Tensor, alpha: float | Tensor, grid: Sequence[int], factor:
         alpha = alpha.view(-1, 1, 1, 1)
     nearest, mean = blocks[:, :, s // 2, :, s // 2], blocks.mean(dim=(2, 4))
     return (alpha * nearest + (1 - alpha) * mean).flatten(1, 2).to(x.dtype)
+
+
+def nearest_tokens(grid: Sequence[int], factor: int) -> Tensor:
+    """Index of the nearest token of each block: ``(N / factor**2,)`` int64 on the CPU, both row-major."""
+    index = torch.arange(grid[0] * grid[1]).view(*grid)
+    return index[factor // 2 :: factor, factor // 2 :: factor].flatten()
 
 
 def linear_alpha(timestep: Tensor, batch: int, noisy: float, clean: float, t_noisy: float, t_clean: float) -> Tensor:

@@ -1,0 +1,135 @@
+"""Nodes again, on fewer tokens: their literal sizes, and what they read from elsewhere, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, aten, length, names, parts, resize, shape_of
+from bigain_fx.passes.rules import SPLITS, cut_dim, from_elsewhere, lined_up, slice_range
+from bigain_fx.passes.surgery import Surgeon
+
+_SIZED = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default})
+
+
+class Fewer:
+    """Replays nodes on the tokens that a rewrite keeps.
+
+    Args:
+        surgeon: emits the nodes.
+        layouts: of the nodes to replay and of what they read.
+        tokens, left: how many tokens there were, and are.
+        rep: ``(B, left)`` or ``(1, left)`` int64, the token whose angles, mask and the like each of them takes.
+    """
+
+    def __init__(self, surgeon: Surgeon, layouts: Mapping[Node, Layout], tokens: int, left: int, rep: Node) -> None:
+        self.surgeon, self.layouts, self.tokens, self.left, self.rep = surgeon, layouts, tokens, left, rep
+        self._picked: dict[tuple[Node, tuple[int, ...]], Node] = {}
+
+    def replay(self, nodes: Iterable[Node], known: dict[Node, Node]) -> None:
+        """Emit ``nodes``, in graph order, each after the node that it stands for.
+
+        ``known`` maps what has fewer tokens already to its replacement; every node emitted is added to it.
+        """
+        for node in nodes:
+            with self.surgeon.after(node):
+                self._replay(node, known)
+
+    def _replay(self, node: Node, known: dict[Node, Node]) -> None:
+        layout = self.layouts[node]
+        beside = lined_up(node, layout, self.layouts)
+        elsewhere = from_elsewhere(node, layout, self.layouts)
+        new = {operand: self.pick(operand, dims, beside) for operand, dims in elsewhere.items()} | known
+        target, args = self._resized(node)
+        args, kwargs = map_arg((args, dict(node.kwargs)), lambda item: new.get(item, item))
+        known[node] = self.surgeon.emit(target, args, node, kwargs)
+
+    def pick(self, operand: Node, dims: tuple[int, ...], layout: Layout) -> Node:
+        """``operand``, lined up with ``layout`` from the last dimension on, at the kept tokens of ``dims``."""
+        if (operand, dims) not in self._picked:
+            picked = operand
+            for dim in dims:
+                picked = self._pick_along(picked, dim, layout)
+            self._picked[operand, dims] = picked
+        return self._picked[operand, dims]
+
+    def _pick_along(self, operand: Node, dim: int, layout: Layout) -> Node:
+        emit = self.surgeon.emit
+        before, _, after = parts(layout[dim])
+        batch = next((index - len(layout) for index, axes in enumerate(layout) if BATCH in names(axes)), None)
+        per_sample = batch is not None and shape_of(self.rep)[0] > 1
+        if per_sample:
+            assert batch is not None
+            sizes = [1] * (-batch - len(shape_of(operand))) + list(shape_of(operand))
+            sizes[batch] = shape_of(self.rep)[0]
+            if tuple(sizes) != shape_of(operand):
+                operand = emit(aten.expand.default, (operand, sizes), like=operand)
+        image = rows_of(self.surgeon, operand, dim, before, after)
+        if per_sample:
+            shape = list(shape_of(image))
+            shape[dim] = self.left
+            apart = [size if index - len(shape) in (batch, dim) else 1 for index, size in enumerate(shape)]
+            index = emit(
+                aten.expand.default, (emit(aten.view.default, (self.rep, apart), like=operand), shape), operand
+            )
+            image = emit(aten.gather.default, (image, dim, index), like=operand)
+        else:
+            index = emit(aten.view.default, (self.rep, [self.left]), like=operand)
+            image = emit(aten.index_select.default, (image, dim, index), like=operand)
+        return beside(self.surgeon, operand, image, dim, before, after)
+
+    def _resized(self, node: Node) -> tuple[Any, tuple[Any, ...]]:
+        """Target and arguments of ``node`` with the literal sizes and bounds of fewer tokens."""
+        args: tuple[Any, ...] = node.args
+        if node.target in _SIZED:
+            sizes = [
+                length(self._shrunk(dim)) if TOKENS in names(dim) and size != -1 else size
+                for size, dim in zip(args[1], self.layouts[node], strict=True)
+            ]
+            return node.target, (args[0], sizes, *args[2:])
+        if node.target is aten.slice.Tensor or node.target in SPLITS:
+            dim = cut_dim(node)
+            along = self.layouts[args[0]][dim]
+            if TOKENS in names(along):
+                if node.target is aten.slice.Tensor:
+                    start, stop, _ = slice_range(node)
+                    return node.target, (args[0], dim, self._moved(along, start), self._moved(along, stop))
+                ends = [0]
+                for part in node.meta["val"]:
+                    ends.append(ends[-1] + part.shape[dim])
+                ends = [self._moved(along, end) for end in ends]
+                sizes = [stop - start for start, stop in pairwise(ends)]
+                return aten.split_with_sizes.default, (args[0], sizes, dim)
+        return node.target, args
+
+    def _shrunk(self, dim: Dim) -> Dim:
+        return resize(dim, {TOKENS: self.left})
+
+    def _moved(self, dim: Dim, position: int) -> int:
+        """Where the bound ``position``, which cuts no image, lies among fewer tokens."""
+        before, inner, _ = parts(dim)
+        if position <= before:
+            return position
+        if position >= before + length(inner):
+            return position - length(inner) + length(self._shrunk(inner))
+        return position * length(self._shrunk(dim)) // length(dim)
+
+
+def rows_of(surgeon: Surgeon, whole: Node, dim: int, before: int, after: int) -> Node:
+    """What lies between the first ``before`` and the last ``after`` rows of ``whole`` along ``dim``."""
+    if not before and not after:
+        return whole
+    return surgeon.emit(aten.slice.Tensor, (whole, dim, before, shape_of(whole)[dim] - after), like=whole)
+
+
+def beside(surgeon: Surgeon, whole: Node, image: Node, dim: int, before: int, after: int) -> Node:
+    """``image`` along ``dim`` between the first ``before`` and the last ``after`` rows of ``whole``."""
+    rows = shape_of(whole)[dim]
+    ends = [(0, before)] * bool(before) + [(rows - after, rows)] * bool(after)
+    rest = [surgeon.emit(aten.slice.Tensor, (whole, dim, *end), like=whole) for end in ends]
+    joined = rest[:1] * bool(before) + [image] + rest[bool(before) :]
+    return surgeon.emit(aten.cat.default, (joined, dim), like=whole) if rest else image

@@ -1,0 +1,67 @@
+"""Writes into a slice (rotary embeddings of the image rows alone) as values: what reads them is then plain dataflow.
+
+::
+
+    part = t[:, :, a:b]                        whole = cat([t[:, :, :a], value, t[:, :, b:]], 2)
+    part.copy_(value)                   ->     read(whole)
+    read(t)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from bigain_fx.passes.axes import aten, shape_of
+from bigain_fx.passes.rules import CASTS, PERMUTATIONS, SPLITS, VIEWS, cut_dim, slice_range
+from bigain_fx.passes.surgery import Surgeon
+
+_COPIES = frozenset({aten.clone.default, aten._to_copy.default})
+_ALIASES = (CASTS | VIEWS | PERMUTATIONS | SPLITS | {aten.slice.Tensor, aten.select.int, aten.unflatten.int}) - _COPIES
+
+
+def as_values(surgeon: Surgeon) -> None:
+    """Rewrite every ``copy_`` into a slice of a tensor that nothing else still looks at."""
+    for copy in [node for node in surgeon.graph.nodes if node.target is aten.copy_.default]:
+        part: Any = copy.args[0]
+        if part.target is aten.slice.Tensor and not copy.users and _is_alone(part, copy):
+            _replace(surgeon, copy, part)
+
+
+def _is_alone(part: Node, copy: Node) -> bool:
+    """Whether what ``copy`` changed is read, after it, through the tensor that ``part`` is cut from alone."""
+    whole: Any = part.args[0]
+    root = whole
+    while root.target in _ALIASES:
+        root = root.args[0]
+    if root.op != "call_function":
+        return False
+    pending, aliases = [root], {root}
+    while pending:
+        for user in pending.pop().users:
+            if user.target in _ALIASES and user < copy and user not in aliases:
+                aliases.add(user)
+                pending.append(user)
+    readers = [user for alias in aliases - {whole} for user in alias.users]
+    return all(user < copy or user is copy for user in readers) and slice_range(part)[2] == 1
+
+
+def _replace(surgeon: Surgeon, copy: Node, part: Node) -> None:
+    whole: Any = part.args[0]
+    value: Any = copy.args[1]
+    dim, (start, stop, _), like = cut_dim(part), slice_range(part), part
+    size = shape_of(whole)[dim]
+    with surgeon.after(copy):
+        if shape_of(value) != shape_of(part):
+            value = surgeon.emit(aten.expand.default, (value, list(shape_of(part))), like)
+        if value.meta["val"].dtype != whole.meta["val"].dtype:
+            value = surgeon.emit(aten.to.dtype, (value, whole.meta["val"].dtype), like)
+        ends = [surgeon.emit(aten.slice.Tensor, (whole, dim, *end), like) for end in ((0, start), (stop, size))
+                if end[0] < end[1]]  # fmt: skip
+        pieces = [*ends[: bool(start)], value, *ends[bool(start) :]]
+        result = surgeon.emit(aten.cat.default, (pieces, dim), like)
+    readers = [user for user in whole.users if user > copy and user not in ends]
+    for user in readers:
+        user.replace_input_with(whole, result)
+    surgeon.graph.erase_node(copy)

@@ -19,7 +19,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 MODEL_HELP = "mnist-dit, mnist-unet, sd2, sdxl, dit-xl-2, pixart, or a diffusers folder"
 METHODS_HELP = (
-    "dense, tome:RATIO, bigain-tm:RATIO, todo:FACTOR, bigain-td:FACTOR[:ALPHA or :NOISY..CLEAN]; '+' joins two"
+    "dense, tome:RATIO[:block], bigain-tm:RATIO[:block], todo:FACTOR, bigain-td:FACTOR[:ALPHA or :NOISY..CLEAN]; "
+    "'+' joins two"
 )
 
 

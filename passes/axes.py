@@ -98,7 +98,7 @@ def segment(before: int, dim: Dim, after: int) -> Dim:
     match dim:
         case (Segment(inner_before, inner, inner_after),):
             return segment(before + inner_before, inner, inner_after + after)
-    return (Segment(before, dim, after),) if before or after else dim  # type: ignore[arg-type]
+    return (Segment(before, dim, after),) if before or after else dim
 
 
 def parts(dim: Dim) -> tuple[int, Dim, int]:

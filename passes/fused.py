@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from bigain_fx.passes.axes import aten
 from bigain_fx.passes.channels import ChannelParts, channel_parts
+from bigain_fx.passes.region import Region
 from bigain_fx.passes.sites import AttentionSite
 from bigain_fx.passes.surgery import Surgeon
 
@@ -24,8 +25,20 @@ def separated(surgeon: Surgeon, site: AttentionSite, replayed: Set[Node]) -> Att
         made = _separate(surgeon, linear, parts)
         layouts |= {layer: layouts[part] for part, layer in made.items() if part in layouts}
         for key, path in paths.items():
-            paths[key] = tuple(sorted(made.get(node, node) for node in path if node not in parts.carriers))
-    return replace(site, paths=paths, layouts=layouts)
+            paths[key] = _exchanged(path, made, parts)
+        block = tuple((source, _with(region, made, parts)) for source, region in site.block)
+        site = replace(site, paths=paths, layouts=layouts, block=block)
+    return site
+
+
+def _with(region: Region, made: Mapping[Node, Node], parts: ChannelParts) -> Region:
+    layouts = dict(region.layouts) | {layer: region.layouts[part] for part, layer in made.items()
+                                      if part in region.layouts}  # fmt: skip
+    return replace(region, nodes=_exchanged(region.nodes, made, parts), layouts=layouts)
+
+
+def _exchanged(nodes: Iterable[Node], made: Mapping[Node, Node], parts: ChannelParts) -> tuple[Node, ...]:
+    return tuple(sorted(made.get(node, node) for node in nodes if node not in parts.carriers))
 
 
 def _separate(surgeon: Surgeon, linear: Node, parts: ChannelParts) -> dict[Node, Node]:

@@ -70,8 +70,8 @@ def placed(node: Node, layouts: Mapping[Node, Layout]) -> tuple[Grid, int, int] 
 def why_unplaced(node: Node, layouts: Mapping[Node, Layout]) -> str:
     """Why :func:`placed` finds nothing, in words."""
     layout = layouts.get(node, ())
-    if any(FRAMES in names(dim) for dim in layout[1:]):
-        return "video: its tokens are frames x rows x columns; a grid is one image"
+    if any({ROWS, COLUMNS} <= names(dim) for dim in layout[1:]):
+        return "video: its tokens are frames x rows x columns, or several images; a grid is one image"
     if layout and names(layout[0]):
         return "it attends across images or within windows: rows and columns are in its batch"
     return "no grid: the graph does not tell which tokens lie where; pass grid="

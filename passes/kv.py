@@ -53,9 +53,8 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: KVMethod) -> AttentionS
         alpha: Any = method.alpha
         overload = bigain.kv_downsample.default
         if isinstance(alpha, LinearAlpha):
-            ends = (alpha.noisy, alpha.clean, alpha.t_noisy, alpha.t_clean)
             timestep = _timestep(surgeon, site, alpha)
-            alpha = surgeon.emit(bigain.linear_alpha.default, (timestep, site.batch, *map(float, ends)), like=sdpa)
+            alpha = surgeon.emit(bigain.linear_alpha.default, (timestep, site.batch, *alpha.ends), like=sdpa)
             overload = bigain.kv_downsample.Tensor
         image = rows_of(surgeon, site.x, 1, site.before, site.after)
         tokens = surgeon.emit(overload, (image, alpha, list(site.grid), method.factor), like=sdpa)

@@ -1,7 +1,7 @@
 """The methods: frozen, hashable values that say what to do with a self-attention, validated when made.
 
 One text grammar names them on every command line and in every table: ``dense``, ``tome:0.7``, ``bigain-tm:0.7``,
-``todo:2``, ``bigain-td:2``, ``bigain-td:2:0.9``, ``bigain-td:2:0.8..1.2``; ``+`` joins a merge with a downsampling.
+``bigain-tm:0.7:block``, ``todo:2``, ``bigain-td:2``, ``bigain-td:2:0.9``, ``bigain-td:2:0.8..1.2``; ``+`` joins a merge with a downsampling.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from bigain_fx.passes.errors import MethodError
 
 MERGE, KV = "merge", "kv"
 CHOICES = {
-    "destination": ("random", "top-left"),
     "scope": ("attention", "block"),
     "align": ("sample", "batch"),
     "metric": ("auto", "stream", "input"),
@@ -47,19 +46,35 @@ class LinearAlpha:
         if self.t_noisy == self.t_clean:
             raise MethodError(f"t_noisy={self.t_noisy!r} equals t_clean: the two ends of the schedule must differ")
 
+    @property
+    def ends(self) -> tuple[float, float, float, float]:
+        """``noisy, clean, t_noisy, t_clean``, as floats.
+
+        Raises:
+            MethodError: the units of the timestep were not given.
+        """
+        if self.t_noisy is None or self.t_clean is None:
+            raise MethodError("t_noisy=None: name both ends in the model's timestep units, such as 999 and 0")
+        return float(self.noisy), float(self.clean), float(self.t_noisy), float(self.t_clean)
+
 
 @dataclass(frozen=True)
 class _Merge:
-    """What every merging method has: a ratio, a cell, and how many of the finest grids it applies to."""
+    """What every merging method has; see :class:`LaplacianMerge`."""
 
     kind: ClassVar[str] = MERGE
+    name: ClassVar[str]
     ratio: float = 0.7
     cell: tuple[int, int] = (2, 2)
+    levels: int | None = 1
+    scope: str = "attention"
+    align: str = "sample"
+    metric: str = "auto"
 
-    def _check(self, levels: int | None, **choices: str) -> None:
-        for name, value in choices.items():
-            if value not in CHOICES[name]:
-                raise MethodError(f"{name}={value!r} must be {' or '.join(map(repr, CHOICES[name]))}")
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise MethodError(f"{name}={getattr(self, name)!r} must be {' or '.join(map(repr, choices))}")
         if (
             not isinstance(self.cell, tuple)
             or len(self.cell) != 2
@@ -71,12 +86,15 @@ class _Merge:
         _number("ratio", self.ratio)
         if not 0 <= self.ratio <= cap:
             raise MethodError(f"ratio={self.ratio!r} must be between 0 and {cap:g} for cell={self.cell}")
-        _check_levels(levels)
+        _check_levels(self.levels)
 
     @property
     def idle(self) -> bool:
         """Whether it changes nothing, whatever the graph."""
         return self.ratio == 0
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.ratio:g}" + (":block" if self.scope == "block" else "")
 
 
 @dataclass(frozen=True)
@@ -95,16 +113,7 @@ class LaplacianMerge(_Merge):
             the attention reads, ``"auto"`` the stream where nothing but the norm lies between (``docs/operators.md``).
     """
 
-    levels: int | None = 1
-    scope: str = "attention"
-    align: str = "sample"
-    metric: str = "auto"
-
-    def __post_init__(self) -> None:
-        self._check(self.levels, scope=self.scope, align=self.align, metric=self.metric)
-
-    def __str__(self) -> str:
-        return f"bigain-tm:{self.ratio:g}"
+    name: ClassVar[str] = "bigain-tm"
 
 
 @dataclass(frozen=True)
@@ -114,23 +123,19 @@ class ToMe(_Merge):
     Attributes:
         ratio, cell, levels, scope, align, metric: as in :class:`LaplacianMerge`.
         destination: ``"random"``, one draw per graph and grid from ``seed``, or ``"top-left"`` of each cell.
+        seed: of the draw.
     """
 
+    name: ClassVar[str] = "tome"
     destination: str = "random"
     seed: int = 0
-    levels: int | None = 1
-    scope: str = "attention"
-    align: str = "sample"
-    metric: str = "auto"
 
     def __post_init__(self) -> None:
-        choices = {name: getattr(self, name) for name in CHOICES}
-        self._check(self.levels, **choices)
+        super().__post_init__()
+        if self.destination not in ("random", "top-left"):
+            raise MethodError(f"destination={self.destination!r} must be 'random' or 'top-left'")
         if not isinstance(self.seed, int):
             raise MethodError(f"seed={self.seed!r} must be an integer")
-
-    def __str__(self) -> str:
-        return f"tome:{self.ratio:g}"
 
 
 @dataclass(frozen=True)
@@ -229,10 +234,9 @@ def _parse_one(part: str, text: str) -> Method:
     name, *values = part.split(":")
     try:
         match name, values:
-            case "tome", [ratio]:
-                return ToMe(float(ratio))
-            case "bigain-tm", [ratio]:
-                return LaplacianMerge(float(ratio))
+            case "tome" | "bigain-tm", [ratio] | [ratio, "attention" | "block"]:
+                merge = ToMe if name == "tome" else LaplacianMerge
+                return merge(float(ratio), scope=values[1] if values[1:] else "attention")
             case "todo", [factor]:
                 return ToDo(int(factor))
             case "bigain-td", [factor]:
@@ -247,8 +251,8 @@ def _parse_one(part: str, text: str) -> Method:
     except ValueError as error:
         raise MethodError(f"methods={text!r}: {part!r} holds no valid number ({error})") from None
     raise MethodError(
-        f"methods={text!r}: {part!r} is not a method; write dense, tome:RATIO, bigain-tm:RATIO, todo:FACTOR or "
-        "bigain-td:FACTOR[:ALPHA or :NOISY..CLEAN], '+' to join two, ',' to list"
+        f"methods={text!r}: {part!r} is not a method; write dense, tome:RATIO[:block], bigain-tm:RATIO[:block], todo:FACTOR "
+        "or bigain-td:FACTOR[:ALPHA or :NOISY..CLEAN], '+' to join two, ',' to list"
     )
 
 

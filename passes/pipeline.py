@@ -7,17 +7,20 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from types import ModuleType
 
 from torch.fx import Graph, GraphModule
 
 from bigain_fx.passes import kv, merge
 from bigain_fx.passes.axes import Refusal, shape_of
+from bigain_fx.passes.blocks import with_blocks
+from bigain_fx.passes.canonical import canonicalize
 from bigain_fx.passes.flops import flops
 from bigain_fx.passes.grid import Grid, check_hint, image_layouts, placed
-from bigain_fx.passes.inplace import as_values
-from bigain_fx.passes.methods import KV, MERGE, Method, Methods
+from bigain_fx.passes.methods import KV, MERGE, MergeMethod, Method, Methods
 from bigain_fx.passes.sites import AttentionSite, Unplaced, find_sites, module_name
+from bigain_fx.passes.spelled import spelled_out
 from bigain_fx.passes.surgery import Surgeon
 
 REWRITES: Mapping[str, ModuleType] = {KV: kv, MERGE: merge}
@@ -72,11 +75,12 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
     """
     result = GraphModule(module, copy.deepcopy(module.graph))
     surgeon = Surgeon(result)
-    surgeon.inline_contexts()
-    surgeon.clean()
-    as_values(surgeon)
-    found = find_sites(result.graph, grid)
-    sites = [site for _, site in found if isinstance(site, AttentionSite)]
+    canonicalize(surgeon)
+    sites_of, around = find_sites(result.graph, grid)
+    sites = [site for site in sites_of.values() if isinstance(site, AttentionSite)]
+    if any(isinstance(method, MergeMethod) and method.scope == "block" for method in methods):
+        sites_of |= with_blocks(result.graph, sites, around)
+    found = sorted((sites_of | spelled_out(result.graph, around.learned)).items(), key=itemgetter(0))
     if grid is not None:
         unplaced = [site.tokens for _, site in found if isinstance(site, Unplaced)]
         layouts = image_layouts(result.graph)

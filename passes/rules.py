@@ -219,8 +219,8 @@ def item_range(node: Node) -> tuple[int, int]:
     """Start and stop of result ``node`` of a split, along the dimension that it cuts."""
     split: Any = node.args[0]
     sizes = [value.shape[cut_dim(split)] for value in split.meta["val"]]
-    start = sum(sizes[: node.args[1]])  # type: ignore[misc]
-    return start, start + sizes[node.args[1]]  # type: ignore[index]
+    index: Any = node.args[1]
+    return sum(sizes[:index]), sum(sizes[: index + 1])
 
 
 def _item(node: Node, layouts: Layouts) -> Layout | Refusal:
@@ -294,7 +294,7 @@ def inactive_dropout(node: Node) -> bool:
 
 
 CASTS = frozenset({
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten._to_copy.default,
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
     aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
 })  # fmt: skip
 VIEWS = frozenset({
@@ -323,7 +323,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.select.int, aten.unbind.int), _pick),
     **dict.fromkeys(CONCATENATIONS, _concatenation),
     **dict.fromkeys((aten.stack.default, aten.pad_sequence.default), _stack),
-    **dict.fromkeys((aten.expand.default, aten.expand_as.default, aten.repeat_interleave.self_int, aten.repeat.default),
+    **dict.fromkeys((aten.expand.default, aten.repeat_interleave.self_int, aten.repeat.default),
                     _expansion),
     **dict.fromkeys((aten.view_as_complex.default, aten.view_as_real.default), _complex),
     aten.slice.Tensor: _slice,

@@ -7,7 +7,7 @@ projected from, down to the last nodes before the branch meets all tokens again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
 
@@ -71,13 +71,20 @@ class Unplaced(Refusal):
 
 
 @dataclass(frozen=True)
-class _Around:
-    """What is known of the graph as a whole: ``hint`` is None where image layouts alone are to be trusted."""
+class Surroundings:
+    """What is known of the graph as a whole.
+
+    Attributes:
+        images: layouts in rows and columns.
+        learned: what depends on a layer of the model.
+        sampled: what depends on the model's first input.
+        read: what the rewrites of its attentions read: no region may run past it.
+    """
 
     images: Mapping[Node, Layout]
     learned: Set[Node]
     sampled: Set[Node]
-    """What depends on a layer of the model, and on its first input."""
+    read: Set[Node] = frozenset()
 
 
 def module_name(node: Node) -> str:
@@ -87,7 +94,7 @@ def module_name(node: Node) -> str:
     return str(paths[-1]) if paths else str(node.meta.get("origin", node.name))
 
 
-def find_sites(graph: Graph, hint: Grid | None = None) -> list[tuple[Node, AttentionSite | Refusal]]:
+def find_sites(graph: Graph, hint: Grid | None = None) -> tuple[dict[Node, AttentionSite | Refusal], Surroundings]:
     """Every SDPA node, in graph order: a site, or the reason why it is none.
 
     Args:
@@ -98,17 +105,17 @@ def find_sites(graph: Graph, hint: Grid | None = None) -> list[tuple[Node, Atten
     first = [node for node in graph.nodes if node.op == "placeholder"][:1]
     attentions = [node for node in graph.nodes if node.target is SDPA]
     first = [node for node in graph.nodes if node.op == "placeholder"][:1]
-    around = _Around(image_layouts(graph, hint), features(graph), descendants(first, graph))
+    around = Surroundings(image_layouts(graph, hint), features(graph), descendants(first, graph))
     places = {node: _place(node, around, None) for node in attentions}
     if hint is not None and all(isinstance(place, Refusal) for place in places.values()):
         places = {node: _place(node, around, hint) for node in attentions}
-    found = [place for place in places.values() if not isinstance(place, Refusal)]
-    # A rewrite of one attention reads what another gives back: no region may run past it.
-    read = {node for place in found for node in (place.x, *(m.source for m in (place.direct, place.above) if m))}
-    return [
-        (node, place if isinstance(place, Refusal) else _match(node, place, around, read))
-        for node, place in places.items()
-    ]
+    good = [place for place in places.values() if not isinstance(place, Refusal)]
+    read = {node for place in good for node in (place.x, *(m.source for m in (place.direct, place.above) if m))}
+    around = replace(around, read=read)
+    found = {
+        node: place if isinstance(place, Refusal) else _match(node, place, around) for node, place in places.items()
+    }
+    return found, around
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ class _Place:
         return _shaped(stream(self.x, modulated=True), shape_of(self.x))
 
 
-def _match(sdpa: Node, place: _Place, around: _Around, read: Set[Node]) -> AttentionSite | Refusal:
+def _match(sdpa: Node, place: _Place, around: Surroundings) -> AttentionSite | Refusal:
     operands: dict[str, Node] = dict(zip("qkv", sdpa.args[:3], strict=True))  # type: ignore[arg-type]
     x, before, after = place.x, place.before, place.after
     shape = shape_of(x)
@@ -152,7 +159,7 @@ def _match(sdpa: Node, place: _Place, around: _Around, read: Set[Node]) -> Atten
     if mask in layouts or mask in around.learned:
         return Refusal("its mask is computed from features", sdpa.name)
     layouts[sdpa] = (*layouts[operands["q"]][:-1], named("", shape_of(sdpa)[-1]))
-    output = grow([sdpa], layouts, (batch, tokens), around.learned, read)
+    output = grow([sdpa], layouts, (batch, tokens), around.learned, around.read)
     if isinstance(output, Refusal):
         return output
     known = inside | {sdpa, *output.nodes}
@@ -170,7 +177,7 @@ def _match(sdpa: Node, place: _Place, around: _Around, read: Set[Node]) -> Atten
     )  # fmt: skip
 
 
-def _place(sdpa: Node, around: _Around, hint: Grid | None) -> _Place | Refusal:
+def _place(sdpa: Node, around: Surroundings, hint: Grid | None) -> _Place | Refusal:
     """Where the image tokens of ``sdpa`` come from; ``hint`` places tokens that the graph does not."""
     refusal = _check_attention(sdpa)
     if refusal:

@@ -1,6 +1,7 @@
-"""Writes into a slice (rotary embeddings of the image rows alone) as values: what reads them is then plain dataflow.
+"""Bring a captured graph to the form that the matcher reads: every dependence is one of values.
 
-::
+A tensor that another op reads for its dtype or shape alone is not read any more. Writes into a slice (rotary embeddings
+of the image rows alone) become values::
 
     part = t[:, :, a:b]                        whole = cat([t[:, :, :a], value, t[:, :, b:]], 2)
     part.copy_(value)                   ->     read(whole)
@@ -17,12 +18,24 @@ from bigain_fx.passes.axes import aten, shape_of
 from bigain_fx.passes.rules import CASTS, PERMUTATIONS, SPLITS, VIEWS, cut_dim, slice_range
 from bigain_fx.passes.surgery import Surgeon
 
+_LIKE = {
+    aten.type_as.default: aten.to.dtype, aten.to.other: aten.to.dtype, aten.expand_as.default: aten.expand.default,
+    aten.view_as.default: aten.view.default, aten.reshape_as.default: aten.reshape.default,
+}  # fmt: skip
 _COPIES = frozenset({aten.clone.default, aten._to_copy.default})
 _ALIASES = (CASTS | VIEWS | PERMUTATIONS | SPLITS | {aten.slice.Tensor, aten.select.int, aten.unflatten.int}) - _COPIES
 
 
-def as_values(surgeon: Surgeon) -> None:
-    """Rewrite every ``copy_`` into a slice of a tensor that nothing else still looks at."""
+def canonicalize(surgeon: Surgeon) -> None:
+    """Rewrite the graph in place; what it computes stays the same."""
+    surgeon.inline_contexts()
+    surgeon.clean()
+    for node in [node for node in surgeon.graph.nodes if node.target in _LIKE]:
+        value, to = node.meta["val"], _LIKE[node.target]
+        with surgeon.after(node):
+            argument = value.dtype if to is aten.to.dtype else list(value.shape)
+            node.replace_all_uses_with(surgeon.emit(to, (node.args[0], argument), node))
+        surgeon.graph.erase_node(node)
     for copy in [node for node in surgeon.graph.nodes if node.target is aten.copy_.default]:
         part: Any = copy.args[0]
         if part.target is aten.slice.Tensor and not copy.users and _is_alone(part, copy):
@@ -65,3 +78,5 @@ def _replace(surgeon: Surgeon, copy: Node, part: Node) -> None:
     for user in readers:
         user.replace_input_with(whole, result)
     surgeon.graph.erase_node(copy)
+    if not part.users:
+        surgeon.graph.erase_node(part)

@@ -22,8 +22,8 @@ from torch.onnx import ops as symbolic_ops
 
 from bigain_fx.export.functions import DOMAIN, FUNCTIONS, VERSION
 from bigain_fx.export.retrace import quiet, retrace
+from bigain_fx.passes.arguments import SDPA
 from bigain_fx.passes.errors import ExportError, first_line
-from bigain_fx.passes.rules import SDPA
 from bigain_fx.passes.sites import module_name
 
 aten, bigain = torch.ops.aten, torch.ops.bigain

@@ -14,8 +14,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from bigain_fx.passes.arguments import SPLITS, cut_dim, slice_range
 from bigain_fx.passes.axes import aten, shape_of
-from bigain_fx.passes.rules import CASTS, PERMUTATIONS, SPLITS, VIEWS, cut_dim, slice_range
+from bigain_fx.passes.rules import CASTS, PERMUTATIONS, VIEWS
 from bigain_fx.passes.surgery import Surgeon
 
 _LIKE = {

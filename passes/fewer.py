@@ -9,8 +9,9 @@ from typing import Any
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from bigain_fx.passes.arguments import SPLITS, cut_dim, slice_range
 from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, aten, length, names, parts, resize, shape_of
-from bigain_fx.passes.rules import SPLITS, cut_dim, from_elsewhere, lined_up, slice_range
+from bigain_fx.passes.rules import from_elsewhere, lined_up
 from bigain_fx.passes.surgery import Surgeon
 
 _SIZED = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default})

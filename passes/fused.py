@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.fx import Node
 
+from bigain_fx.passes.arguments import ChannelParts, channel_parts
 from bigain_fx.passes.axes import aten
-from bigain_fx.passes.channels import ChannelParts, channel_parts
 from bigain_fx.passes.region import Region
 from bigain_fx.passes.sites import AttentionSite
 from bigain_fx.passes.surgery import Surgeon

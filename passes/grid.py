@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from torch.fx import Graph, Node
 
+from bigain_fx.passes.arguments import CONCATENATIONS, SDPA
 from bigain_fx.passes.axes import Layout, Refusal, aten, named, names, parts, shape_of
 from bigain_fx.passes.errors import GridError
-from bigain_fx.passes.rules import CONCATENATIONS, POINTWISE, SDPA, propagate
+from bigain_fx.passes.rules import POINTWISE, propagate
 
 FRAMES, ROWS, COLUMNS = "frames", "rows", "columns"
 Grid = tuple[int, int]
@@ -104,8 +105,12 @@ def check_hint(hint: Grid | None, inferred: Sequence[Grid | None], tokens: Seque
         return
     if len(hint) != 2 or not all(isinstance(side, int) and side > 0 for side in hint):
         raise GridError(f"grid={hint!r} must be two positive integers (rows, columns), in image tokens")
-    finest = max((grid for grid in inferred if grid is not None), key=math.prod, default=None)
-    if finest is not None and tuple(hint) != finest:
+    known = {grid for grid in inferred if grid is not None}
+    if tuple(hint) in known or any(
+        grid is None and grid_from_hint(hint, count) for grid, count in zip(inferred, tokens, strict=True)
+    ):
+        return
+    if known:
+        finest = max(known, key=math.prod)
         raise GridError(f"grid={hint!r} contradicts the graph, whose finest image grid is {finest}")
-    if finest is None and all(grid_from_hint(hint, count) is None for count in tokens):
-        raise GridError(f"grid={hint!r} has {math.prod(hint)} tokens; the attentions have {sorted(set(tokens))}")
+    raise GridError(f"grid={hint!r} has {math.prod(hint)} tokens; the attentions have {sorted(set(tokens))}")

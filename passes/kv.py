@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from bigain_fx.passes.arguments import mask_of
 from bigain_fx.passes.axes import shape_of
 from bigain_fx.passes.errors import RewriteError
 from bigain_fx.passes.fewer import Fewer, beside, rows_of
 from bigain_fx.passes.fused import separated
 from bigain_fx.passes.methods import KVMethod, LinearAlpha
 from bigain_fx.passes.ops import nearest_tokens
-from bigain_fx.passes.rules import mask_of
 from bigain_fx.passes.sites import AttentionSite
 from bigain_fx.passes.surgery import Surgeon
 

@@ -1,7 +1,8 @@
 """The methods: frozen, hashable values that say what to do with a self-attention, validated when made.
 
 One text grammar names them on every command line and in every table: ``dense``, ``tome:0.7``, ``bigain-tm:0.7``,
-``bigain-tm:0.7:block``, ``todo:2``, ``bigain-td:2``, ``bigain-td:2:0.9``, ``bigain-td:2:0.8..1.2``; ``+`` joins a merge with a downsampling.
+``bigain-tm:0.7:block``, ``todo:2``, ``bigain-td:2``, ``bigain-td:2:0.9``, ``bigain-td:2:0.8..1.2``; ``+`` joins a merge
+with a downsampling.
 """
 
 from __future__ import annotations
@@ -251,8 +252,8 @@ def _parse_one(part: str, text: str) -> Method:
     except ValueError as error:
         raise MethodError(f"methods={text!r}: {part!r} holds no valid number ({error})") from None
     raise MethodError(
-        f"methods={text!r}: {part!r} is not a method; write dense, tome:RATIO[:block], bigain-tm:RATIO[:block], todo:FACTOR "
-        "or bigain-td:FACTOR[:ALPHA or :NOISY..CLEAN], '+' to join two, ',' to list"
+        f"methods={text!r}: {part!r} is not a method; write dense, tome:RATIO[:block], bigain-tm:RATIO[:block], "
+        "todo:FACTOR or bigain-td:FACTOR[:ALPHA or :NOISY..CLEAN], '+' to join two, ',' to list"
     )
 
 

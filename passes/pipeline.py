@@ -85,7 +85,8 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
         unplaced = [site.tokens for _, site in found if isinstance(site, Unplaced)]
         layouts = image_layouts(result.graph)
         places = [placed(site.x, layouts) for site in sites]
-        check_hint(grid, [place and place[0] for place in places], [site.tokens for site in sites] + unplaced)
+        inferred = [place[0] if place else None for place in places] + [None] * len(unplaced)
+        check_hint(grid, inferred, [site.tokens for site in sites] + unplaced)
     finest = sorted({site.grid for site in sites}, key=lambda sides: (-math.prod(sides), sides))
 
     names = [module_name(node) for node, _ in found]

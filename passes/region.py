@@ -9,8 +9,9 @@ from heapq import heappop, heappush
 import torch
 from torch.fx import Graph, Node
 
+from bigain_fx.passes.arguments import SDPA
 from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, names, parts
-from bigain_fx.passes.rules import NORMS, SDPA, from_elsewhere, lined_up, propagate
+from bigain_fx.passes.rules import NORMS, from_elsewhere, lined_up, propagate
 
 _LAYERS = NORMS | {aten.linear.default, aten.conv2d.default, aten.conv2d.padding, aten.embedding.default, SDPA}
 _ADDS = frozenset({aten.add.Tensor, aten.add_.Tensor})
@@ -75,8 +76,8 @@ def grow(
     """Follow ``starts`` token by token until all tokens are needed.
 
     Args:
-        starts: the first nodes of the region; their layouts are in ``layouts``, or follow from it.
-        layouts: of what the region may read with fewer tokens.
+        starts: the first nodes of the region.
+        layouts: of what the starts read with fewer tokens (and nobody else does), or of nodes of the region itself.
         form: the batch and the tokens that an exit must have as first and second dimension; text may stand beside.
         learned: from :func:`features`.
         read: nodes that must have all tokens again, whoever reads them.
@@ -86,8 +87,8 @@ def grow(
     """
     barred: dict[Node, str] = {}
     while True:
-        known = dict(layouts)
-        nodes, loose, stopped = _walk(starts, known, learned, read, barred)
+        known: dict[Node, Layout] = {}
+        nodes, loose, stopped = _walk(starts, layouts, known, learned, read, barred)
         inside = set(nodes)
         exits = [
             node
@@ -103,11 +104,12 @@ def grow(
         return Refusal(f"its output: {reason.reason}", reason.node)
     readers = [user for node in exits for user in node.users if user not in inside]
     joins = bool(exits) and all(user.target in _ADDS for user in readers)
-    return Region(tuple(nodes), tuple(exits), tuple(loose), joins, known)
+    return Region(tuple(nodes), tuple(exits), tuple(loose), joins, {**layouts, **known})
 
 
 def _walk(
     starts: Sequence[Node],
+    layouts: Mapping[Node, Layout],
     known: dict[Node, Layout],
     learned: Set[Node],
     read: Set[Node],
@@ -126,7 +128,7 @@ def _walk(
         if node in seen:
             continue
         seen.add(node)
-        layout = known.get(node) or step(node, known, learned)
+        layout = layouts.get(node) or step(node, layouts if node in starts else known, learned)
         if node in barred:
             layout = Refusal(barred[node], node.name)
         if isinstance(layout, Refusal):

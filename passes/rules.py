@@ -9,6 +9,17 @@ from typing import Any
 from torch.fx import Node
 
 from bigain_fx.passes import ops as _ops  # noqa: F401  (registers torch.ops.bigain)
+from bigain_fx.passes.arguments import (
+    CONCATENATIONS,
+    SDPA,
+    SPLITS,
+    cut_dim,
+    inactive_dropout,
+    item_range,
+    join_dim,
+    mask_of,
+    slice_range,
+)
 from bigain_fx.passes.axes import (
     RIGID,
     TOKENS,
@@ -26,7 +37,6 @@ from bigain_fx.passes.axes import (
 
 Layouts = Mapping[Node, Layout]
 Rule = Callable[[Node, Layouts], Layout | Refusal]
-SDPA = aten.scaled_dot_product_attention.default
 
 
 def propagate(node: Node, layouts: Layouts) -> Layout | Refusal:
@@ -72,12 +82,6 @@ def from_elsewhere(node: Node, layout: Layout, layouts: Layouts) -> dict[Node, t
         if operand and dims and operand not in layouts:
             found[operand] = dims
     return found
-
-
-def mask_of(sdpa: Node) -> Node | None:
-    """The mask of an attention, if it has one."""
-    mask = sdpa.args[3] if len(sdpa.args) > 3 else sdpa.kwargs.get("attn_mask")
-    return mask if isinstance(mask, Node) else None
 
 
 def _fit(layout: Layout, shape: tuple[int, ...]) -> Layout:
@@ -179,20 +183,6 @@ def _softmax(node: Node, layouts: Layouts) -> Layout | Refusal:
     return Refusal("tokens are mixed", node.name) if names(layout[node.args[1]]) & RIGID else layout  # type: ignore[index]
 
 
-def cut_dim(node: Node) -> int:
-    """The dimension that a slice, select or split cuts, from 0."""
-    position = 1 if node.target in (aten.slice.Tensor, aten.select.int, aten.unbind.int) else 2
-    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-    return int(dim) % len(shape_of(node.args[0]))  # type: ignore[arg-type]
-
-
-def slice_range(node: Node) -> tuple[int, int, int]:
-    """Start, stop and step of an ``aten.slice``, within the size that it cuts."""
-    size = shape_of(node.args[0])[cut_dim(node)]  # type: ignore[arg-type]
-    bounds: list[Any] = [*node.args[2:], None, None, None]
-    return slice(*bounds[:3]).indices(size)
-
-
 def _slice(node: Node, layouts: Layouts) -> Layout | Refusal:
     layout, dim = layouts[node.args[0]], cut_dim(node)  # type: ignore[index]
     start, stop, step = slice_range(node)
@@ -213,14 +203,6 @@ def _pick(node: Node, layouts: Layouts) -> Layout | Refusal:
 
 def _split(node: Node, layouts: Layouts) -> Layout | Refusal:
     return layouts[node.args[0]]  # type: ignore[index]
-
-
-def item_range(node: Node) -> tuple[int, int]:
-    """Start and stop of result ``node`` of a split, along the dimension that it cuts."""
-    split: Any = node.args[0]
-    sizes = [value.shape[cut_dim(split)] for value in split.meta["val"]]
-    index: Any = node.args[1]
-    return sum(sizes[:index]), sum(sizes[: index + 1])
 
 
 def _item(node: Node, layouts: Layouts) -> Layout | Refusal:
@@ -253,12 +235,6 @@ def _concatenation(node: Node, layouts: Layouts) -> Layout | Refusal:
     return (*result[:dim], joined, *result[dim + 1 :])
 
 
-def join_dim(node: Node) -> int:
-    """The dimension along which a concatenation or stack joins, from 0."""
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    return int(dim) % len(shape_of(node))  # type: ignore[arg-type]
-
-
 def _but(dim: int, layout: Layout) -> Layout:
     return (*layout[:dim], (), *layout[dim + 1 :])
 
@@ -285,14 +261,6 @@ def _dropout(node: Node, layouts: Layouts) -> Layout | Refusal:
     return _pointwise(node, layouts) if inactive_dropout(node) else Refusal("dropout is active", node.name)
 
 
-def inactive_dropout(node: Node) -> bool:
-    """Whether ``node`` is a dropout that does nothing."""
-    if node.target is not aten.dropout.default:
-        return False
-    _, probability, train = node.args
-    return bool(probability == 0 or not train)
-
-
 CASTS = frozenset({
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
     aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
@@ -303,8 +271,6 @@ VIEWS = frozenset({
 })  # fmt: skip
 PERMUTATIONS = frozenset({aten.permute.default, aten.transpose.int})
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})
-SPLITS = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
-CONCATENATIONS = frozenset({aten.cat.default, aten.concat.default})
 POINTWISE = frozenset({
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.mul.Scalar,
     aten.div.Scalar, aten.neg.default, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.sqrt.default, aten.exp.default,

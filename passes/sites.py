@@ -6,17 +6,16 @@ projected from, down to the last nodes before the branch meets all tokens again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
 
+from bigain_fx.passes.arguments import SDPA, channel_parts, mask_of
 from bigain_fx.passes.axes import BATCH, TOKENS, Layout, Refusal, aten, named, names, parts, segment, shape_of
-from bigain_fx.passes.channels import channel_parts
 from bigain_fx.passes.grid import Grid, grid_from_hint, image_layouts, placed, why_unplaced
 from bigain_fx.passes.metric import Metric, stream, without_casts
 from bigain_fx.passes.region import Region, descendants, features, grow, step
-from bigain_fx.passes.rules import SDPA, mask_of
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def _match(sdpa: Node, place: _Place, around: Surroundings) -> AttentionSite | R
     if mask in layouts or mask in around.learned:
         return Refusal("its mask is computed from features", sdpa.name)
     layouts[sdpa] = (*layouts[operands["q"]][:-1], named("", shape_of(sdpa)[-1]))
-    output = grow([sdpa], layouts, (batch, tokens), around.learned, around.read)
+    output = grow([sdpa], {sdpa: layouts[sdpa]}, (batch, tokens), around.learned, around.read)
     if isinstance(output, Refusal):
         return output
     known = inside | {sdpa, *output.nodes}
@@ -190,6 +189,7 @@ def _place(sdpa: Node, around: Surroundings, hint: Grid | None) -> _Place | Refu
     shared = sorted(set.intersection(*sources.values()))
     if not shared:
         return Refusal("cross-attention: q, k and v are not projected from the same tensor", sdpa.name)
+    shared = [_as_read(node, operands.values()) for node in shared]
     places = [_Place(node, *place) for node in shared if (place := placed(node, around.images))]
     if places:
         several = Refusal(f"q, k and v are projected from {len(places)} images at once", sdpa.name)
@@ -232,14 +232,26 @@ def _projected_from(operand: Node) -> set[Node]:
     return found - between
 
 
+def _as_read(x: Node, operands: Iterable[Node]) -> Node:
+    """``x`` as all of its projections read it: the cast of it, if they read the same one."""
+    read = {node for operand in operands for node in _nearest_layers(operand)}
+    seen = {layer.args[0] for layer in read if without_casts(layer.args[0]) is x}  # type: ignore[arg-type]
+    return seen.pop() if len(seen) == 1 else x  # type: ignore[return-value]
+
+
 def _nearest_inputs(operand: Node) -> set[Node]:
     """Inputs of the nearest linear layers above ``operand``, casts removed."""
+    return {without_casts(layer.args[0]) for layer in _nearest_layers(operand)}  # type: ignore[arg-type]
+
+
+def _nearest_layers(operand: Node) -> set[Node]:
+    """The nearest linear layers above ``operand``."""
     found: set[Node] = set()
     pending, seen = [operand], {operand}
     while pending:
         node = pending.pop()
         if node.target is aten.linear.default:
-            found.add(without_casts(node.args[0]))  # type: ignore[arg-type]
+            found.add(node)
             continue
         new = [source for source in node.all_input_nodes if source not in seen]
         seen.update(new)

@@ -6,8 +6,8 @@ from collections.abc import Set
 
 from torch.fx import Graph, Node
 
+from bigain_fx.passes.arguments import SDPA
 from bigain_fx.passes.axes import Refusal, aten
-from bigain_fx.passes.rules import SDPA
 from bigain_fx.passes.sites import module_name
 
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default})

@@ -1,0 +1,91 @@
+"""What the arguments of a node say: which dimension it cuts, where, into which parts; its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from bigain_fx.passes.axes import aten, shape_of
+
+SDPA = aten.scaled_dot_product_attention.default
+SPLITS = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
+CONCATENATIONS = frozenset({aten.cat.default, aten.concat.default})
+
+
+def mask_of(sdpa: Node) -> Node | None:
+    """The mask of an attention, if it has one."""
+    mask = sdpa.args[3] if len(sdpa.args) > 3 else sdpa.kwargs.get("attn_mask")
+    return mask if isinstance(mask, Node) else None
+
+
+def inactive_dropout(node: Node) -> bool:
+    """Whether ``node`` is a dropout that does nothing."""
+    if node.target is not aten.dropout.default:
+        return False
+    _, probability, train = node.args
+    return bool(probability == 0 or not train)
+
+
+def cut_dim(node: Node) -> int:
+    """The dimension that a slice, select or split cuts, from 0."""
+    position = 1 if node.target in (aten.slice.Tensor, aten.select.int, aten.unbind.int) else 2
+    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+    return int(dim) % len(shape_of(node.args[0]))  # type: ignore[arg-type]
+
+
+def slice_range(node: Node) -> tuple[int, int, int]:
+    """Start, stop and step of an ``aten.slice``, within the size that it cuts."""
+    size = shape_of(node.args[0])[cut_dim(node)]  # type: ignore[arg-type]
+    bounds: list[Any] = [*node.args[2:], None, None, None]
+    return slice(*bounds[:3]).indices(size)
+
+
+def item_range(node: Node) -> tuple[int, int]:
+    """Start and stop of result ``node`` of a split, along the dimension that it cuts."""
+    split: Any = node.args[0]
+    sizes = [value.shape[cut_dim(split)] for value in split.meta["val"]]
+    index: Any = node.args[1]
+    return sum(sizes[:index]), sum(sizes[: index + 1])
+
+
+def join_dim(node: Node) -> int:
+    """The dimension along which a concatenation or stack joins, from 0."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return int(dim) % len(shape_of(node))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ChannelParts:
+    """A linear layer's output, cut into ranges of channels.
+
+    Attributes:
+        ranges: each node that holds one part, with its first channel and the one after its last.
+        carriers: the linear layer and the splits: nothing else reads them.
+    """
+
+    ranges: Mapping[Node, tuple[int, int]]
+    carriers: tuple[Node, ...]
+
+
+_WHOLE = ChannelParts({}, ())
+
+
+def channel_parts(linear: Node) -> ChannelParts:
+    """The parts of ``linear``, none if it is no linear layer or something reads all of it."""
+    if linear.target is not aten.linear.default:
+        return _WHOLE
+    last = len(shape_of(linear)) - 1
+    ranges: dict[Node, tuple[int, int]] = {}
+    carriers = [linear]
+    for user in linear.users:
+        if user.target in SPLITS and cut_dim(user) == last:
+            carriers.append(user)
+            ranges |= {item: item_range(item) for item in user.users}
+        elif user.target is aten.slice.Tensor and cut_dim(user) == last and slice_range(user)[2] == 1:
+            ranges[user] = slice_range(user)[:2]
+        else:
+            return _WHOLE
+    return ChannelParts(ranges, tuple(carriers))

@@ -270,7 +270,7 @@ def _between(x: Node, operand: Node) -> set[Node]:
     stack = [operand]
     while stack:
         node = stack[-1]
-        unknown = [source for source in node.all_input_nodes if source not in depends]
+        unknown = [source for source in node.all_input_nodes if source not in depends and source > x]
         if unknown and node not in depends:
             stack.extend(unknown)
             continue

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_map
+from torch.fx.node import map_arg
 
 from bigain_fx.passes.axes import aten
 
@@ -18,21 +18,32 @@ from bigain_fx.passes.axes import aten
 _DROPPABLE = frozenset({aten.scaled_dot_product_attention.default, aten.dropout.default})
 
 
+def _kind(node: Node) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        return node.name
+    return type(value).__name__, tuple(value.shape), value.stride(), value.dtype, value.device
+
+
 class Surgeon:
     """Edits one graph module in place, on behalf of one attention at a time."""
 
     def __init__(self, module: GraphModule) -> None:
         self.module, self.graph = module, module.graph
+        self._values: dict[str, Any] = {}
         vals = [node.meta.get("val") for node in module.graph.nodes]
         self._mode = next(value.fake_mode for value in vals if hasattr(value, "fake_mode"))
 
     def emit(self, target: Any, args: tuple[Any, ...], like: Node, kwargs: Mapping[str, Any] | None = None) -> Node:
         """Create one call at the current insertion point; its provenance is that of ``like``."""
         node = self.graph.call_function(target, args, dict(kwargs or {}))
-        concrete = [tree_map(lambda item: item.meta["val"] if isinstance(item, Node) else item, part)
-                    for part in (node.args, node.kwargs)]  # fmt: skip
-        with self._mode, torch.no_grad():
-            node.meta["val"] = target(*concrete[0], **concrete[1])
+        # Blocks repeat: most calls were made before on values of the same kind.
+        key = str((target, map_arg((node.args, node.kwargs), _kind)))
+        if key not in self._values:
+            concrete: Any = map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
+            with self._mode, torch.no_grad():
+                self._values[key] = target(*concrete[0], **concrete[1])
+        node.meta["val"] = self._values[key]
         node.meta["origin"] = like.meta.get("origin", like.name)
         for key in ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack"):
             if key in like.meta:

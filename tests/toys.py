@@ -221,13 +221,6 @@ class CrossQueries(Toy):
         return self.out(self.attend(heads(self.q(metric)), heads(self.k(x)), heads(self.v(x))))
 
 
-class Masked(Toy):
-    """An attention mask."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return join(F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(N, N)))
-
-
 class Causal(Toy):
     """Causal attention."""
 
@@ -240,26 +233,6 @@ class Dropped(Toy):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return join(F.scaled_dot_product_attention(q, k, v, dropout_p=0.5))
-
-
-class Rotary(Toy):
-    """Queries multiplied by a table with a row for every token."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return super().attend(q * torch.ones(N, C // HEADS).cumsum(0), k, v)
-
-
-class Joint(Toy):
-    """Image tokens attend together with tokens of a prompt."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text, self.prompt = nn.Linear(C, C), nn.Parameter(torch.randn(1, 3, C))
-
-    def branch(self, x: Tensor, metric: Tensor) -> Tensor:
-        text = self.text(self.prompt).expand(x.shape[0], -1, -1)
-        q, k, v = (torch.cat([p(x), text], 1) for p in (self.q, self.k, self.v))
-        return self.out(self.attend(heads(q), heads(k), heads(v)))[:, :N]
 
 
 class Windows(Toy):
@@ -308,17 +281,6 @@ class ChangedInPlace(Toy):
         q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
         x.mul_(2)
         return self.out(self.attend(q, k, v)) + x.mean(1, keepdim=True)
-
-
-class ClassToken(Toy):
-    """A class token in front of the image tokens: no grid."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.randn(1, 1, C))
-
-    def tokens(self, image: Tensor) -> Tensor:
-        return torch.cat([self.token.expand(image.shape[0], -1, -1), super().tokens(image)], 1)
 
 
 REFUSED: list[tuple[type[Toy], str]] = [

@@ -228,8 +228,8 @@ IMAGE = [3 + 1j, 3 + 1.1j, -1 + 2j, 1 - 2j]
 
 Laplacian scores with zero padding, real and imaginary part apart: token 0 has neighbours 1 and 2,
 |2 - 12| + |3.1 - 4| = 10.9; token 1 has 0 and 3, |4 - 12| + |-1 - 4.4| = 13.4; token 2 has 0 and 3,
-|4 + 4| + |-1 - 8| = 17; token 3 has 1 and 2, |2 - 4| + |3.1 + 8| = 13.1. So 0 is the destination, and at a ratio of 0.25
-token 1 alone merges into it.
+|4 + 4| + |-1 - 8| = 17; token 3 has 1 and 2, |2 - 4| + |3.1 + 8| = 13.1. So 0 is the destination, and at a
+ratio of 0.25 token 1 alone merges into it.
 """
 
 

@@ -27,6 +27,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from bigain_fx.families import resolve
 from bigain_fx.passes.errors import CaptureError, InputError, MethodError, RewriteError, first_line
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Methods, normalize
@@ -155,7 +156,7 @@ def bigain(
         What the inner backend returns: takes the graph's flat inputs, gives its flat outputs.
 
     Raises:
-        MethodError: no method, or one that is none.
+        MethodError: no method, or one that is none, or a schedule without timestep units for an unknown family.
         InputError: a wrong option, symbolic shapes, train mode, or gradients asked for.
         CaptureError: the graph cannot be lowered to ATen; the cause is chained.
         GridError: ``grid`` does not fit.
@@ -168,12 +169,13 @@ def bigain(
         return chosen.compile(gm, example_inputs)
     names = _names(gm, inputs, frame)
     _check(frame, dict(zip(names, inputs, strict=True)))
+    methods = resolve(chosen.methods, frame.model)
     captured = _lower(gm, inputs, names)
     try:
-        rewritten = rewrite(captured, chosen.methods, chosen.grid)
+        rewritten = rewrite(captured, methods, chosen.grid)
     except RewriteError as error:
         raise RewriteError(f"{error} (a number is no input of a compiled graph: pass it as a tensor)") from None
-    report = Report.of(frame.name, chosen.methods, rewritten)
+    report = Report.of(frame.name, methods, rewritten)
     log.info("%s", report.headline)
     log.debug("%s", report)
     return chosen.compile(_with_weights_as_inputs(rewritten.module, gm, inputs, names), example_inputs)

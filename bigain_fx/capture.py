@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from bigain_fx.families import attention_backend
 from bigain_fx.passes.errors import CaptureError, InputError, first_line
+from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 
 
@@ -77,7 +80,8 @@ def _is_default(value: Any, default: Any) -> bool:
 
 
 def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A hashable key of what a graph is specific to: structure, shapes, dtypes, devices, constants, autocast.
+    """A hashable key of what a graph is specific to: structure, shapes, dtypes, devices, constants, and the modes that
+    the caller is in, autocast and diffusers' attention backend.
 
     Raises:
         InputError: a constant that cannot be compared with the next call's, such as an array.
@@ -86,13 +90,54 @@ def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     for leaf in leaves:
         if not isinstance(leaf, Tensor | Hashable):
             raise InputError(f"an input is a {type(leaf).__name__}; pass a torch.Tensor, a number, a string or None")
-    described = tuple(
+    leaves_of = tuple(
         (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
         for leaf in leaves
     )
+    return (str(spec), leaves_of, _modes(leaves))
+
+
+def _modes(leaves: Iterable[object]) -> tuple[tuple[str, object], ...]:
+    """The caller's modes by name: autocast and its dtype on the devices of ``leaves``, diffusers' attention backend."""
     devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)})
-    autocast = tuple((device, torch.get_autocast_dtype(device)) for device in devices if autocast_enabled(device))
-    return (str(spec), described, autocast)
+    casts = [
+        (f"autocast on {device}", torch.get_autocast_dtype(device)) for device in devices if autocast_enabled(device)
+    ]
+    return (*casts, ("attention backend", attention_backend()))
+
+
+def described(arguments: Mapping[str, Any], grid: Grid | None) -> str:
+    """The signature in a line, such as ``sample (2, 4, 64, 64) float32, timestep () int64``."""
+    extra = (("grid", grid), *_modes(pytree.tree_leaves(dict(arguments))))
+    told = [*arguments.items(), *((name, value) for name, value in extra if value not in (None, "native"))]
+    return ", ".join(f"{name} {_described(value)}" for name, value in told)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {_described(value.dtype)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name} {_described(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_described, value))}]"
+    return str(value).removeprefix("torch.")
+
+
+def as_calls(example_inputs: Iterable[object]) -> list[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """Example inputs as ``(args, kwargs)``: each is such a pair, or the keyword arguments alone.
+
+    Raises:
+        InputError: there is none, or one is neither.
+    """
+    calls = []
+    for example in example_inputs:
+        args, kwargs = example if isinstance(example, tuple) and len(example) == 2 else ((), example)
+        if not isinstance(args, tuple | list) or not isinstance(kwargs, Mapping):
+            raise InputError("inputs must be a tuple args and a mapping kwargs, as for torch.export.export")
+        calls.append((tuple(args), kwargs))
+    if not calls:
+        raise InputError("example_inputs is empty; give one (args, kwargs) for each size")
+    return calls
 
 
 def autocast_enabled(device: str) -> bool:
@@ -105,6 +150,45 @@ def flat_tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(dict(arguments)) if isinstance(leaf, Tensor)]
 
 
+def check_inputs(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Refuse what would give a wrong answer or a traceback from inside the graph.
+
+    Raises:
+        InputError: gradients are asked for, a tensor is on another device than the weights, or the sample has another
+            floating dtype.
+    """
+    check_gradients(arguments)
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if weight is None:
+        return
+    for name, tensor in _named_tensors(arguments):
+        if tensor.device != weight.device:
+            raise InputError(f"{name} is on {tensor.device}, the weights on {weight.device}; move one of them")
+        if _is_sample(name, arguments) and tensor.dtype != weight.dtype and not autocast_enabled(weight.device.type):
+            raise InputError(f"{name} has dtype {tensor.dtype}, the weights {weight.dtype}; cast one of them")
+
+
+def check_gradients(arguments: Mapping[str, Any]) -> None:
+    """Refuse inputs whose gradients are asked for.
+
+    Raises:
+        InputError: one requires gradients, and they are enabled.
+    """
+    for name, tensor in _named_tensors(arguments):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise InputError(f"{name} requires gradients, which an optimized denoiser does not give; detach it")
+
+
+def _named_tensors(arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
+    return [(pytree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _is_sample(name: str, arguments: Mapping[str, Any]) -> bool:
+    first = next(iter(arguments))
+    return name == f"['{first}']" and arguments[first].is_floating_point()
+
+
 def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
     """Capture ``model(**arguments)`` with ``torch.export``: pre-dispatch ATen, static shapes, weights shared.
 
@@ -113,7 +197,7 @@ def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
         arguments: canonical keyword arguments, as :meth:`CallBinder.bind` returns them.
 
     Raises:
-        CaptureError: ``torch.export`` cannot capture it; its error is chained.
+        CaptureError: ``torch.export`` cannot capture it (its error is chained), or forward writes into a plain tensor.
     """
     try:
         with torch.no_grad():
@@ -122,6 +206,11 @@ def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {first_line(error)}") from error
     assert isinstance(module, GraphModule)
+    if written := _constant_written(module.graph, model):
+        raise CaptureError(
+            f"forward of {type(model).__name__} writes into a tensor that is no buffer ({written}), and a graph cannot "
+            "tell whether that lasts; for the scale of a LoRA, call set_adapters() instead"
+        )
     out_spec = program.call_spec.out_spec
     leaves = pytree.tree_leaves(dict(arguments))
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -132,3 +221,28 @@ def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
     module.graph.set_codegen(CodeGen())
     # A fresh module leaves behind the input checks that export hangs on its own.
     return Captured(GraphModule(module, module.graph), out_spec)
+
+
+def _constant_written(graph: Graph, model: nn.Module) -> str | None:
+    """The first operator that writes into a constant of ``graph`` that is no weight of ``model``, by name."""
+    weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False))}
+    for node in graph.nodes:
+        if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+            continue
+        arguments = zip(node.target._schema.arguments, node.args, strict=False)
+        for written in [value for argument, value in arguments if argument.is_write and isinstance(value, Node)]:
+            base = written
+            while isinstance(base.target, OpOverload) and base.target.is_view:
+                base = base.args[0]  # type: ignore[assignment]
+            if base.op == "get_attr" and base.target not in weights:
+                return f"{node.target}, {base.target}"
+    return None
+
+
+def renew(graph: GraphModule, buffers: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Let ``graph`` read other buffers, given as ``(old, new)``, of the same dtypes, devices and shapes."""
+    new_of = {id(old): new for old, new in buffers}
+    if new_of:
+        for module in graph.modules():
+            for name, tensor in module._buffers.items():
+                module._buffers[name] = new_of.get(id(tensor), tensor)

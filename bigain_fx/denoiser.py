@@ -5,20 +5,36 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from bigain_fx.capture import CallBinder, autocast_enabled, capture, flat_tensors, signature_of
+from bigain_fx import families
+from bigain_fx.capture import (
+    CallBinder,
+    as_calls,
+    capture,
+    check_gradients,
+    check_inputs,
+    described,
+    flat_tensors,
+    renew,
+    signature_of,
+)
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.report import Report
+from bigain_fx.standin import StandIn
+from bigain_fx.watch import Change, Watch, hook_in
 
 log = logging.getLogger("bigain_fx")
+
+Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -26,46 +42,60 @@ class Prepared:
     """One captured and rewritten graph, for one input signature.
 
     Attributes:
-        run: takes the flat tensor inputs; the graph itself with the backend ``"eager"``, else what compiles it.
+        graph: takes the flat tensor inputs.
+        run: the graph itself with the backend ``"eager"``, else what compiles it.
         out_spec: the pytree of the model's output.
         report: what was done to its attentions.
     """
 
+    graph: GraphModule
     run: Callable[..., Any]
     out_spec: pytree.TreeSpec
     report: Report
 
 
-class OptimizedDenoiser(nn.Module):
-    """A denoiser whose self-attentions are compressed; it is called exactly as the original is.
+@dataclass(frozen=True)
+class Settings:
+    """How graphs are made, and how many: the arguments of :func:`optimize` beside the model and the method."""
 
-    Whatever else is read from it (``config``, ``dtype``, ``device``, ``add_embedding``, ...) is the original's.
+    backend: str | Callable[..., Any] = "inductor"
+    grid: families.GridHint = None
+    mode: str | None = None
+    options: Mapping[str, Any] | None = None
+    on_new_signature: str = "compile"
+    max_graphs: int = 8
+
+    def __post_init__(self) -> None:
+        if self.on_new_signature not in ("compile", "raise"):
+            raise InputError(f"on_new_signature={self.on_new_signature!r} must be 'compile' or 'raise'")
+        if isinstance(self.max_graphs, bool) or not isinstance(self.max_graphs, int) or self.max_graphs < 1:
+            raise InputError(f"max_graphs={self.max_graphs!r} must be a positive integer")
+
+
+class OptimizedDenoiser(StandIn):
+    """A denoiser whose self-attentions are compressed; it is called exactly as the original is, and passes for it.
+
+    Its weights and submodules are the original's, under the same names. Whatever else is read from it (``config``,
+    ``dtype``, its class, ...) or set on it is the original's too. Copied or unpickled, it captures anew.
 
     Attributes:
-        original: the model it was made from, untouched; its weights are these weights.
-        methods: what is applied.
+        original: the model it was made from; its weights are these weights.
+        methods: what is applied, timestep units filled in.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        methods: Methods,
-        backend: str | Callable[..., Any],
-        grid: Grid | None,
-        mode: str | None,
-        options: Mapping[str, Any] | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, methods: Methods, settings: Settings) -> None:
         super().__init__()
-        self.original, self.methods = model, methods
-        self._backend, self._grid, self._mode, self._options = backend, grid, mode, options
-        self._binder = CallBinder(model)
-        self._entries: dict[tuple[Any, ...], Prepared] = {}
+        self.methods = families.resolve(methods, model)
+        self._settings, self._binder, self._read_grid = settings, CallBinder(model), families.GridReader()
+        self._entries: dict[Key, Prepared] = {}
+        self._known: dict[Key, str] = {}  # every signature that was captured, the one used last at the end
         self._latest: Prepared | None = None
-        self.eval()
+        self._watch: Watch | None = None
+        self._stand_in_for(model)
 
     @property
     def report(self) -> Report:
-        """What was done to each attention of the graph that was captured last.
+        """What was done to each attention of the graph that was captured or used last.
 
         Raises:
             InputError: nothing was captured yet.
@@ -74,21 +104,40 @@ class OptimizedDenoiser(nn.Module):
             raise InputError("report: nothing was captured yet; call the model, or give optimize() example inputs")
         return self._latest.report
 
-    def prepare(self, *args: Any, **kwargs: Any) -> Prepared:
-        """Capture and rewrite the graph for these inputs, unless it is there; it is compiled when first called."""
-        arguments, _ = self._binder.bind(args, kwargs)
-        return self._entry(arguments)
+    @overload
+    def prepare(self, *args: Any, example_inputs: None = None, **kwargs: Any) -> Prepared: ...
+    @overload
+    def prepare(self, *, example_inputs: Iterable[object]) -> tuple[Prepared, ...]: ...
+    def prepare(
+        self, *args: Any, example_inputs: Iterable[object] | None = None, **kwargs: Any
+    ) -> Prepared | tuple[Prepared, ...]:
+        """Capture and rewrite the graph for these inputs, unless it is there; it is compiled when first called.
+
+        Args:
+            args, kwargs: of one call.
+            example_inputs: of several calls in their place, each ``(args, kwargs)`` or the keyword arguments alone:
+                one graph for each.
+
+        Raises:
+            BigainError: as for :func:`optimize`.
+        """
+        if example_inputs is None:
+            return self._entry(self._binder.bind(args, kwargs)[0])
+        if args or kwargs:
+            raise InputError("example_inputs is given beside other arguments; give one of them")
+        return tuple(self._entry(self._binder.bind(*call)[0]) for call in as_calls(example_inputs))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the denoiser; arguments and result are those of the original's ``forward``.
 
         Raises:
             InputError: arguments that ``forward`` does not take, a tensor on another device or of another floating
-                dtype than the weights, or an input that requires gradients.
+                dtype than the weights, an input that requires gradients, or inputs that were not prepared where
+                ``on_new_signature`` is ``"raise"``.
             CaptureError: a new input signature that ``torch.export`` cannot capture.
         """
         arguments, wants_class = self._binder.bind(args, kwargs)
-        entry = self._entry(arguments)
+        entry = self._entry(arguments, expected=self._settings.on_new_signature == "raise")
         with torch.inference_mode(False), torch.no_grad():
             # Tensors made in inference mode would recompile the graph; a copy made outside of it does not.
             inputs = [tensor.clone() if tensor.is_inference() else tensor for tensor in flat_tensors(arguments)]
@@ -97,87 +146,72 @@ class OptimizedDenoiser(nn.Module):
             return output
         return tuple(output.values())
 
-    def _entry(self, arguments: Mapping[str, Any]) -> Prepared:
-        key = signature_of(arguments)
+    def _entry(self, arguments: Mapping[str, Any], *, expected: bool = False) -> Prepared:
+        """The graph for these arguments, captured if it is not there; ``expected``: only if it once was."""
+        change = self._watch.changed() if self._watch is not None else Change()
+        if change.what:
+            log.warning("%s changed, its graphs are captured anew when next called: %s", self._name, change.what)
+            self._entries.clear()
+        for entry in self._entries.values():
+            renew(entry.graph, change.renewed)
+        grid = families.grid_for(self._settings.grid, arguments, self._read_grid(arguments))
+        key = (signature_of(arguments), grid.grid)
         if key not in self._entries:
-            self._check(arguments)
-            if self._entries:
-                log.warning("%s: new input signature, capturing graph %d", self._name, len(self._entries) + 1)
-            self._entries[key] = self._build(arguments)
+            inputs = described(arguments, grid.grid)
+            if key not in self._known and expected:
+                prepared = "; ".join(self._known.values()) or "nothing"
+                raise InputError(f"{inputs}: not prepared, and on_new_signature='raise'; prepared: {prepared}")
+            if key not in self._known and self._known:
+                count = len(self._known) + 1
+                log.warning("%s: new input signature, capturing graph %d: %s", self._name, count, inputs)
+            if grid.reason:
+                log.warning("%s: %s", self._name, grid.reason)
+            self._entries[key] = self._capture(arguments, grid.grid)
+            self._known.setdefault(key, inputs)
         elif torch.is_grad_enabled():
-            self._check_gradients(arguments)
+            check_gradients(arguments)
         self._latest = self._entries[key]
+        self._known[key] = self._known.pop(key)
+        if len(self._known) > self._settings.max_graphs:
+            oldest = next(iter(self._known))
+            self._entries.pop(oldest, None)
+            log.warning("%s: dropping a graph, max_graphs=%d: %s", self._name, self._settings.max_graphs,
+                        self._known.pop(oldest))  # fmt: skip
         return self._latest
 
-    def _build(self, arguments: Mapping[str, Any]) -> Prepared:
+    def _capture(self, arguments: Mapping[str, Any], grid: Grid | None) -> Prepared:
+        if self.original.training:
+            raise InputError(f"{self._name} is in train mode; call model.eval() first")
+        _check_hooks(self.original)
+        check_inputs(self.original, arguments)
         captured = capture(self.original, arguments)
-        rewritten = rewrite(captured.module, self.methods, self._grid)
+        self._watch = Watch(self.original)
+        rewritten = rewrite(captured.module, self.methods, grid)
         report = Report.of(self._name, self.methods, rewritten)
         log.info("%s", report.headline)
         run: Callable[..., Any] = rewritten.module
-        if self._backend != "eager":
-            options = dict(self._options) if self._options is not None else None
+        settings = self._settings
+        if settings.backend != "eager":
+            options = dict(settings.options) if settings.options is not None else None
             run = torch.compile(
-                run, fullgraph=True, dynamic=False, backend=self._backend, mode=self._mode, options=options
+                run, fullgraph=True, dynamic=False, backend=settings.backend, mode=settings.mode, options=options
             )
-        return Prepared(run, captured.out_spec, report)
-
-    def _check(self, arguments: Mapping[str, Any]) -> None:
-        """Refuse what would give a wrong answer or a traceback from inside the graph."""
-        if self.original.training:
-            raise InputError(f"{self._name} is in train mode; call model.eval() first")
-        self._check_gradients(arguments)
-        weight = next((p for p in self.original.parameters() if p.is_floating_point()), None)
-        for name, tensor in _named_tensors(arguments):
-            if weight is None:
-                return
-            if tensor.device != weight.device:
-                raise InputError(f"{name} is on {tensor.device}, the weights on {weight.device}; move one of them")
-            if (
-                _is_sample(name, arguments)
-                and tensor.dtype != weight.dtype
-                and not autocast_enabled(weight.device.type)
-            ):
-                raise InputError(f"{name} has dtype {tensor.dtype}, the weights {weight.dtype}; cast one of them")
-
-    def _check_gradients(self, arguments: Mapping[str, Any]) -> None:
-        for name, tensor in _named_tensors(arguments):
-            if tensor.requires_grad and torch.is_grad_enabled():
-                raise InputError(f"{name} requires gradients, which an optimized denoiser does not give; detach it")
+        return Prepared(rewritten.module, run, captured.out_spec, report)
 
     @property
     def _name(self) -> str:
         return type(self.original).__name__
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            original = self.__dict__.get("_modules", {}).get("original")
-            if original is None:
-                raise
-            return getattr(original, name)
-
-    def train(self, mode: bool = True) -> OptimizedDenoiser:
-        """Stay in eval mode: the graph was captured there.
-
-        Raises:
-            InputError: ``mode`` is True.
-        """
-        if mode:
-            raise InputError("an optimized denoiser cannot train; train .original, then optimize it again")
-        self.training = False
-        return self
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OptimizedDenoiser, (self.original, self.methods, self._settings)
 
 
-def _named_tensors(arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
-    return [(pytree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _is_sample(name: str, arguments: Mapping[str, Any]) -> bool:
-    first = next(iter(arguments))
-    return name == f"['{first}']" and arguments[first].is_floating_point()
+def _check_hooks(model: nn.Module) -> None:
+    if hook := hook_in(model):
+        raise InputError(
+            f"{type(model).__name__} has {hook}, which no graph can hold; remove it, and if it offloads weights use "
+            "enable_model_cpu_offload() once the optimized denoiser is in the pipeline"
+        )
 
 
 def optimize(
@@ -187,27 +221,36 @@ def optimize(
     *,
     method: Method | Iterable[Method] | None,
     backend: str | Callable[..., Any] = "inductor",
-    grid: Grid | None = None,
+    grid: families.GridHint = None,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    on_new_signature: Literal["compile", "raise"] = "compile",
+    max_graphs: int = 8,
 ) -> OptimizedDenoiser:
     """Compress a denoiser's self-attention by ``method`` and compile it.
 
     Args:
         model: a denoiser in eval mode (a diffusers U-Net or transformer, or any module that ``torch.export`` captures).
         args, kwargs: example inputs, as for ``torch.export.export``. With them the graph is captured at once, without
-            them at the first call; each new input signature (shapes, dtypes, devices) is captured anew, with a warning.
+            them at the first call; each new input signature (shapes, dtypes, devices, constants, the grid) is captured
+            anew, with a warning.
         method: a merge, a KV downsampling, a tuple with one of each, or ``()`` for the dense graph.
         backend: anything ``torch.compile`` takes; ``"eager"`` runs the rewritten graph as it is.
-        grid: ``(rows, columns)`` in image tokens at the finest resolution, for graphs that cannot tell.
+        grid: ``(rows, columns)`` in image tokens at the finest resolution, for graphs that cannot tell, or a function
+            that gives it for the keyword arguments of a call. The inputs ``img_ids`` and ``img_shapes`` tell it.
         mode, options: as for ``torch.compile``.
+        on_new_signature: ``"compile"``, or ``"raise"`` where a call may only use graphs of ``prepare``.
+        max_graphs: as many are kept, and the one used least recently is dropped for another, with a warning: a service
+            goes on, if slowly, where an error would stop it.
 
     Returns:
         A module with the call signature and the output class of ``model``. Weights are shared, ``model`` is untouched.
+        Writing into its weights shows at once; any other change of it is noticed at the next call, and captured anew.
 
     Raises:
-        MethodError: ``method`` is no method, or holds two of one kind.
-        InputError: ``model`` is no module or in train mode, or the inputs do not suit it.
+        MethodError: ``method`` is no method, or holds two of one kind, or a schedule without timestep units for a
+            family of which they are not known.
+        InputError: ``model`` is no module, in train mode, compiled, optimized or hooked, or the inputs do not suit it.
         CaptureError: ``torch.export`` cannot capture it.
         GridError: ``grid`` does not fit.
         RewriteError: an alpha schedule, and no timestep input.
@@ -219,7 +262,11 @@ def optimize(
         raise InputError("model is already optimized; optimize its .original")
     if model.training:
         raise InputError(f"{type(model).__name__} is in train mode; call model.eval() first")
-    optimized = OptimizedDenoiser(model, methods, backend, grid, mode, options)
+    if hasattr(model, "_orig_mod"):
+        raise InputError("model was compiled by torch.compile; optimize what it was made from, model._orig_mod")
+    _check_hooks(model)
+    settings = Settings(backend, grid, mode, options, on_new_signature, max_graphs)
+    optimized = OptimizedDenoiser(model, methods, settings)
     if args is not None or kwargs is not None:
         optimized.prepare(*(args or ()), **(kwargs or {}))
     return optimized
@@ -231,7 +278,7 @@ def inspect(
     kwargs: Mapping[str, Any] | None = None,
     *,
     method: Method | Iterable[Method] | None = None,
-    grid: Grid | None = None,
+    grid: families.GridHint = None,
 ) -> Report:
     """Report the attentions of ``model``, and what ``method`` would do to them, without changing anything.
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from bigain_fx.export.retrace import retrace
+from bigain_fx.families import GridHint
 from bigain_fx.passes.errors import ExportError, InputError, first_line
-from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, normalize
 from bigain_fx.report import Report
 from bigain_fx.trace import Example, Traced, cast, check, digest, examples_of, trace
@@ -92,7 +92,7 @@ def export_onnx(
     kwargs: Mapping[str, Any] | None = None,
     method: Method | Iterable[Method] | None,
     dtype: torch.dtype | None = None,
-    grid: Grid | None = None,
+    grid: GridHint = None,
     opset: int = 20,
     attention: str = "MultiHeadAttention",
     example_inputs: Sequence[Example] | None = None,
@@ -170,7 +170,7 @@ def export_package(
     kwargs: Mapping[str, Any] | None = None,
     method: Method | Iterable[Method] | None,
     dtype: torch.dtype | None = None,
-    grid: Grid | None = None,
+    grid: GridHint = None,
 ) -> Report:
     """Compile the rewritten graph of a denoiser ahead of time, with AOTInductor, for the device that it is on.
 

@@ -15,7 +15,10 @@ from bigain_fx.embedded import NAMES
 from bigain_fx.embedded import load as load_embedded
 from bigain_fx.passes.errors import InputError, first_line
 
-TEXT_TOKENS = {"UNet2DConditionModel": 77, "PixArtTransformer2DModel": 300}
+TEXT_TOKENS = {
+    "UNet2DConditionModel": 77, "PixArtTransformer2DModel": 300, "SD3Transformer2DModel": 333,
+    "FluxTransformer2DModel": 512,
+}  # fmt: skip
 
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "sd2": ("UNet2DConditionModel", {
@@ -42,18 +45,33 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         "caption_channels": 4096, "interpolation_scale": 2,
         "use_additional_conditions": False, "norm_type": "ada_norm_single",
     }),
+    "sd3": ("SD3Transformer2DModel", {
+        "sample_size": 128, "in_channels": 16, "out_channels": 16, "patch_size": 2, "num_layers": 24,
+        "num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536,
+        "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+    }),
+    "flux": ("FluxTransformer2DModel", {
+        "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24,
+        "attention_head_dim": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
+        "axes_dims_rope": (16, 56, 56),
+    }),
 }  # fmt: skip
-"""Published configurations: Stable Diffusion 2.0, SDXL 1.0, DiT-XL/2, PixArt-Sigma-XL/2 at 1024 px."""
+"""Published configurations: Stable Diffusion 2.0, SDXL 1.0, DiT-XL/2, PixArt-Sigma-XL/2 at 1024 px, Stable Diffusion 3
+medium, Flux.1 dev."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A denoiser in eval mode and inputs to call it with: ``model(*args, **kwargs)``."""
+    """A denoiser in eval mode and inputs to call it with: ``model(*args, **kwargs)``.
+
+    ``grid`` is that of packed image tokens: their positions, on the meta device, do not tell it.
+    """
 
     name: str
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    grid: tuple[int, int] | None = None
 
 
 def load(
@@ -89,7 +107,7 @@ def load(
     elif name in KNOWN:
         class_name, config = KNOWN[name]
         with torch.device(device):
-            model = _class(class_name)(**config | ({"sample_size": size} if size else {}))
+            model = _class(class_name)(**config | ({"sample_size": size} if size and "sample_size" in config else {}))
     elif Path(name).is_dir():
         model = _from_folder(Path(name)).to(device)
         _check_position_size(name, model, size)
@@ -97,7 +115,9 @@ def load(
         raise InputError(f"model={name!r} is neither a folder nor one of {', '.join((*NAMES, *KNOWN))}")
     # diffusers' own .to() warns about modules to keep in float32 even where a class has none.
     model = nn.Module.to(model, dtype).eval().requires_grad_(False)
-    return Workload(name, model, (), example_inputs(model, size or _own_size(model), batch))
+    size = size or _own_size(model)
+    grid = (size // 2, size // 2) if type(model).__name__ == "FluxTransformer2DModel" else None
+    return Workload(name, model, (), example_inputs(model, size, batch), grid)
 
 
 def example_inputs(model: nn.Module, size: int, batch: int) -> dict[str, Any]:
@@ -153,10 +173,39 @@ def _pixart_inputs(config: Any, size: int, batch: int) -> dict[str, Any]:
     return inputs
 
 
+def _sd3_inputs(config: Any, size: int, batch: int) -> dict[str, Any]:
+    text = torch.randn(batch, TEXT_TOKENS["SD3Transformer2DModel"], config.joint_attention_dim)
+    return {
+        "hidden_states": torch.randn(batch, config.in_channels, size, size),
+        "encoder_hidden_states": text,
+        "pooled_projections": torch.randn(batch, config.pooled_projection_dim),
+        "timestep": torch.full((batch,), 500.0),
+    }
+
+
+def _flux_inputs(config: Any, size: int, batch: int) -> dict[str, Any]:
+    """Latents packed two by two, as the pipeline packs them."""
+    side, text = size // 2, TEXT_TOKENS["FluxTransformer2DModel"]
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.randn(batch, side * side, config.in_channels),
+        "encoder_hidden_states": torch.randn(batch, text, config.joint_attention_dim),
+        "pooled_projections": torch.randn(batch, config.pooled_projection_dim),
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float(),
+        "txt_ids": torch.zeros(text, 3),
+    }
+    if config.guidance_embeds:
+        inputs["guidance"] = torch.full((batch,), 3.5)
+    return inputs
+
+
 _INPUTS: dict[str, Callable[[Any, int, int], dict[str, Any]]] = {
     "UNet2DConditionModel": _unet_inputs,
     "DiTTransformer2DModel": _dit_inputs,
     "PixArtTransformer2DModel": _pixart_inputs,
+    "SD3Transformer2DModel": _sd3_inputs,
+    "FluxTransformer2DModel": _flux_inputs,
 }
 
 
@@ -191,7 +240,8 @@ def _from_folder(folder: Path) -> nn.Module:
 
 
 def _own_size(model: Any) -> int:
-    return int(model.config.sample_size)
+    """Of the latent; Flux does not say, its pipeline takes 128."""
+    return int(getattr(model.config, "sample_size", 128))
 
 
 def _check_position_size(name: str, model: nn.Module, size: int | None) -> None:

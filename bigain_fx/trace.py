@@ -14,12 +14,12 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 import bigain_fx
-from bigain_fx.capture import CallBinder, flat_tensors
+from bigain_fx.capture import CallBinder, as_calls, flat_tensors
 from bigain_fx.denoiser import OptimizedDenoiser, optimize
 from bigain_fx.deployed import DeployedDenoiser
 from bigain_fx.export.interface import Interface, describe
+from bigain_fx.families import GridHint
 from bigain_fx.passes.errors import CaptureError, InputError
-from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.passes.methods import Methods, parse
 from bigain_fx.report import Report
@@ -38,7 +38,7 @@ class Traced:
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], methods: Methods, grid: Grid | None,
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], methods: Methods, grid: GridHint,
     dtype: torch.dtype | None, versions: Mapping[str, str],
 ) -> Traced:  # fmt: skip
     """Capture ``model`` and rewrite it: what :func:`bigain_fx.optimize` would compile.
@@ -104,18 +104,10 @@ def examples_of(
         InputError: they are given twice, or are none.
     """
     if example_inputs is None:
-        examples = [(() if args is None else args, {} if kwargs is None else kwargs)]
-    elif (args is not None and args != ()) or kwargs:
+        return as_calls([(() if args is None else args, {} if kwargs is None else kwargs)])
+    if (args is not None and args != ()) or kwargs:
         raise InputError("example_inputs is given beside args or kwargs; give one of them")
-    else:
-        examples = list(example_inputs)
-    if not examples:
-        raise InputError("example_inputs is empty; give one (args, kwargs) for each size")
-    for example in examples:
-        pair = isinstance(example, tuple) and len(example) == 2
-        if not pair or not isinstance(example[0], tuple | list) or not isinstance(example[1], Mapping):
-            raise InputError("inputs must be a tuple args and a mapping kwargs, as for torch.export.export")
-    return [(tuple(args), kwargs) for args, kwargs in examples]
+    return as_calls(example_inputs)
 
 
 def check(model: object, dtype: object) -> None:

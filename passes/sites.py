@@ -154,6 +154,8 @@ def _match(sdpa: Node, place: _Place, around: Surroundings) -> AttentionSite | R
         first, *_, rows, channels = layouts[operand]
         if parts(rows)[1] != tokens or names(channels) or (shape[0] > 1 and names(first) != {BATCH}):
             return Refusal(f"the rows of {key} are not the tokens of {x.name}", operand.name)
+    if layouts[operands["k"]][-2] != layouts[operands["v"]][-2]:
+        return Refusal("the rows of k and v are in different orders", sdpa.name)
     mask = mask_of(sdpa)
     if mask in layouts or mask in around.learned:
         return Refusal("its mask is computed from features", sdpa.name)

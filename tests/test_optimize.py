@@ -112,7 +112,8 @@ def test_a_new_signature_is_captured_once_and_said(caplog: pytest.LogCaptureFixt
         for _ in range(2):
             fast(torch.randn(1, 4, 8, 12), 1, TEXT[:1])
     assert [record.message for record in caplog.records] == [
-        "UNet2DConditionModel: new input signature, capturing graph 2"
+        "UNet2DConditionModel: new input signature, capturing graph 2: sample (1, 4, 8, 12) float32, "
+        "timestep () int64, encoder_hidden_states (1, 5, 16) float32"
     ]
     assert fast.report.sites[0].grid == (8, 12)
     assert counter.frame_count == 2
@@ -181,7 +182,7 @@ def fast_unet() -> nn.Module:
     return bgx.optimize(unet(), (SAMPLE, 1, TEXT), method=METHOD, backend="eager")
 
 
-SCHEDULE = bgx.KVDownsample(2, bgx.LinearAlpha())
+SCHEDULE = bgx.KVDownsample(2, bgx.LinearAlpha(t_noisy=999, t_clean=0))
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,10 @@ SCHEDULE = bgx.KVDownsample(2, bgx.LinearAlpha())
         (lambda: fast_unet()(SAMPLE.clone().requires_grad_(), 1, TEXT), bgx.InputError, "requires gradients"),
         (lambda: fast_unet()(SAMPLE.numpy(), 1, TEXT), bgx.InputError, "an input is a ndarray; pass a torch.Tensor"),
         (lambda: fast_unet().train(), bgx.InputError, "cannot train"),
+        (lambda: bgx.optimize(torch.compile(unet()), method=METHOD), bgx.InputError, "compiled by torch.compile"),
+        (lambda: bgx.optimize(unet(), method=METHOD, max_graphs=0), bgx.InputError, "max_graphs=0 must be a positive"),
+        (lambda: bgx.optimize(unet(), method=METHOD, on_new_signature="stop"), bgx.InputError,  # type: ignore[arg-type]
+         "on_new_signature='stop' must be 'compile' or 'raise'"),
         (lambda: bgx.optimize(unet(), method=0.7), bgx.MethodError, "method=.*0.7.* must be a LaplacianMerge"),
     ],
 )  # fmt: skip

@@ -10,6 +10,7 @@ of the image rows alone) become values::
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.fx import Node
@@ -19,9 +20,25 @@ from bigain_fx.passes.axes import aten, shape_of
 from bigain_fx.passes.rules import CASTS, PERMUTATIONS, VIEWS
 from bigain_fx.passes.surgery import Surgeon
 
-_LIKE = {
-    aten.type_as.default: aten.to.dtype, aten.to.other: aten.to.dtype, aten.expand_as.default: aten.expand.default,
-    aten.view_as.default: aten.view.default, aten.reshape_as.default: aten.reshape.default,
+
+def _dtype(node: Node) -> tuple[Any, ...]:
+    return (node.meta["val"].dtype,)
+
+
+def _sizes(node: Node) -> tuple[Any, ...]:
+    return (list(shape_of(node)),)
+
+
+def _bounds(narrow: Node) -> tuple[Any, ...]:
+    dim, start, size = (int(argument) for argument in narrow.args[1:])  # type: ignore[arg-type]
+    start %= shape_of(narrow.args[0])[dim]  # type: ignore[arg-type]
+    return dim, start, start + size
+
+
+_PLAIN: Mapping[Any, tuple[Any, Callable[[Node], tuple[Any, ...]]]] = {
+    aten.type_as.default: (aten.to.dtype, _dtype), aten.to.other: (aten.to.dtype, _dtype),
+    aten.expand_as.default: (aten.expand.default, _sizes), aten.view_as.default: (aten.view.default, _sizes),
+    aten.reshape_as.default: (aten.reshape.default, _sizes), aten.narrow.default: (aten.slice.Tensor, _bounds),
 }  # fmt: skip
 _COPIES = frozenset({aten.clone.default, aten._to_copy.default})
 _ALIASES = (CASTS | VIEWS | PERMUTATIONS | SPLITS | {aten.slice.Tensor, aten.select.int, aten.unflatten.int}) - _COPIES
@@ -31,11 +48,10 @@ def canonicalize(surgeon: Surgeon) -> None:
     """Rewrite the graph in place; what it computes stays the same."""
     surgeon.inline_contexts()
     surgeon.clean()
-    for node in [node for node in surgeon.graph.nodes if node.target in _LIKE]:
-        value, to = node.meta["val"], _LIKE[node.target]
+    for node in [node for node in surgeon.graph.nodes if node.target in _PLAIN]:
+        target, arguments = _PLAIN[node.target]
         with surgeon.after(node):
-            argument = value.dtype if to is aten.to.dtype else list(value.shape)
-            node.replace_all_uses_with(surgeon.emit(to, (node.args[0], argument), node))
+            node.replace_all_uses_with(surgeon.emit(target, (node.args[0], *arguments(node)), node))
         surgeon.graph.erase_node(node)
     for copy in [node for node in surgeon.graph.nodes if node.target is aten.copy_.default]:
         part: Any = copy.args[0]

@@ -30,13 +30,13 @@ def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
         hint: ``(rows, columns)`` of the first input's tokens, where that is ``(B, rows * columns, C)``.
     """
     layouts: dict[Node, Layout] = {}
-    first = next((node for node in graph.nodes if node.op == "placeholder"), None)
+    packed = packed_input(graph, hint)
     for node in graph.nodes:
         shape = shape_of(node)
         layout: Layout | Refusal | None = None
         if node.target in _CONVOLUTIONS or (node.op == "placeholder" and len(shape) in (4, 5)):
             layout = _feature_map(shape)
-        elif node is first and hint and len(shape) == 3 and shape[1] == math.prod(hint):
+        elif node is packed and hint:
             layout = (named("", shape[0]), named(ROWS, hint[0]) + named(COLUMNS, hint[1]), named("", shape[2]))
         elif node.target is SDPA:
             layout = (*layouts[node.args[0]][:-1], named("", shape[-1])) if node.args[0] in layouts else None
@@ -47,6 +47,14 @@ def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
         if layout is not None and not isinstance(layout, Refusal):
             layouts[node] = layout
     return layouts
+
+
+def packed_input(graph: Graph, hint: Grid | None) -> Node | None:
+    """The first input, if it is the tokens of an image with the grid ``hint``: ``(B, rows * columns, C)``."""
+    first = next((node for node in graph.nodes if node.op == "placeholder"), None)
+    if first is None or hint is None or len(shape_of(first)) != 3 or shape_of(first)[1] != math.prod(hint):
+        return None
+    return first
 
 
 def _feature_map(shape: tuple[int, ...]) -> Layout | None:
@@ -90,21 +98,29 @@ def grid_from_hint(hint: Grid, tokens: int) -> Grid | None:
     return grid if grid[0] * grid[1] == tokens else None
 
 
-def check_hint(hint: Grid | None, inferred: Sequence[Grid | None], tokens: Sequence[int]) -> None:
+def check_form(hint: Grid | None) -> None:
+    """Refuse a hint that is no pair of positive integers.
+
+    Raises:
+        GridError: with the hint.
+    """
+    if hint is not None and (len(hint) != 2 or not all(isinstance(side, int) and side > 0 for side in hint)):
+        raise GridError(f"grid={hint!r} must be two positive integers (rows, columns), in image tokens")
+
+
+def check_hint(hint: Grid, inferred: Sequence[Grid | None], tokens: Sequence[int]) -> None:
     """Refuse a hint that contradicts what the graph says, or that fits no attention.
 
     Args:
-        hint: ``(rows, columns)`` at the finest resolution, or None.
+        hint: ``(rows, columns)`` at the finest resolution.
         inferred: grid of each self-attention, None where the graph cannot tell.
         tokens: number of tokens of each self-attention.
 
     Raises:
         GridError: with the hint, and what would fit.
     """
-    if hint is None or not tokens:
+    if not tokens:
         return
-    if len(hint) != 2 or not all(isinstance(side, int) and side > 0 for side in hint):
-        raise GridError(f"grid={hint!r} must be two positive integers (rows, columns), in image tokens")
     known = {grid for grid in inferred if grid is not None}
     if tuple(hint) in known or any(
         grid is None and grid_from_hint(hint, count) for grid, count in zip(inferred, tokens, strict=True)

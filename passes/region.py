@@ -53,17 +53,20 @@ def features(graph: Graph) -> Set[Node]:
 def step(node: Node, layouts: Mapping[Node, Layout], learned: Set[Node]) -> Layout | Refusal:
     """Layout of ``node``, if what it meets from elsewhere can follow a change of the tokens."""
     layout = propagate(node, layouts)
-    if isinstance(layout, Refusal):
-        return layout
+    return layout if isinstance(layout, Refusal) else check_company(node, layout, layouts, learned) or layout
+
+
+def check_company(node: Node, layout: Layout, layouts: Mapping[Node, Layout], learned: Set[Node]) -> Refusal | None:
+    """Why what ``node`` meets from elsewhere, with a value for every token, cannot follow a change of the tokens."""
     beside = lined_up(node, layout, layouts)
     for operand, dims in from_elsewhere(node, layout, layouts).items():
         if operand in learned:
             return Refusal(f"meets {operand.name}, which has a value for every token", node.name)
         if any(len(parts(beside[dim])[1]) > 1 for dim in dims):
             return Refusal(f"meets {operand.name} where tokens and others are one dimension", node.name)
-        if not any(names(dim) == {BATCH} for dim in layout) and any(BATCH in names(dim) for dim in layout):
+        if any(BATCH in names(dim) and len(dim) > 1 for dim in beside):
             return Refusal(f"meets {operand.name} where samples and heads are one dimension", node.name)
-    return layout
+    return None
 
 
 def grow(

@@ -15,7 +15,7 @@ from bigain_fx.passes.arguments import SDPA, channel_parts, mask_of
 from bigain_fx.passes.axes import BATCH, TOKENS, Layout, Refusal, aten, named, names, parts, segment, shape_of
 from bigain_fx.passes.grid import Grid, grid_from_hint, image_layouts, placed, why_unplaced
 from bigain_fx.passes.metric import Metric, stream, without_casts
-from bigain_fx.passes.region import Region, descendants, features, grow, step
+from bigain_fx.passes.region import Region, check_company, descendants, features, grow, step
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,11 @@ def _match(sdpa: Node, place: _Place, around: Surroundings) -> AttentionSite | R
             return Refusal(f"the rows of {key} are not the tokens of {x.name}", operand.name)
     if layouts[operands["k"]][-2] != layouts[operands["v"]][-2]:
         return Refusal("the rows of k and v are in different orders", sdpa.name)
-    mask = mask_of(sdpa)
-    if mask in layouts or mask in around.learned:
+    if mask_of(sdpa) in layouts:
         return Refusal("its mask is computed from features", sdpa.name)
     layouts[sdpa] = (*layouts[operands["q"]][:-1], named("", shape_of(sdpa)[-1]))
+    if refusal := check_company(sdpa, layouts[sdpa], layouts, around.learned):
+        return refusal
     output = grow([sdpa], {sdpa: layouts[sdpa]}, (batch, tokens), around.learned, around.read)
     if isinstance(output, Refusal):
         return output

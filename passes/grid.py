@@ -51,7 +51,7 @@ def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
 
 def packed_input(graph: Graph, hint: Grid | None) -> Node | None:
     """The first input, if it is the tokens of an image with the grid ``hint``: ``(B, rows * columns, C)``."""
-    first = next((node for node in graph.nodes if node.op == "placeholder"), None)
+    first: Node | None = next((node for node in graph.nodes if node.op == "placeholder"), None)
     if first is None or hint is None or len(shape_of(first)) != 3 or shape_of(first)[1] != math.prod(hint):
         return None
     return first
@@ -108,25 +108,25 @@ def check_form(hint: Grid | None) -> None:
         raise GridError(f"grid={hint!r} must be two positive integers (rows, columns), in image tokens")
 
 
-def check_hint(hint: Grid, inferred: Sequence[Grid | None], tokens: Sequence[int]) -> None:
+def check_hint(graph: Graph, hint: Grid, placeable: Mapping[Node, int], unplaced: Sequence[int]) -> None:
     """Refuse a hint that contradicts what the graph says, or that fits no attention.
 
     Args:
+        graph: with ``meta["val"]`` on every node.
         hint: ``(rows, columns)`` at the finest resolution.
-        inferred: grid of each self-attention, None where the graph cannot tell.
-        tokens: number of tokens of each self-attention.
+        placeable: what the attentions with a grid read, and their numbers of tokens.
+        unplaced: the numbers of tokens of self-attentions without one.
 
     Raises:
         GridError: with the hint, and what would fit.
     """
-    if not tokens:
+    layouts = image_layouts(graph)
+    seen = {place[0] for node in layouts if (place := placed(node, layouts))}
+    open_to_it = [count for node, count in placeable.items() if placed(node, layouts) is None] + [*unplaced]
+    fits = any(grid_from_hint(hint, count) for count in open_to_it)
+    if tuple(hint) in seen or packed_input(graph, hint) is not None or fits or not (placeable or unplaced):
         return
-    known = {grid for grid in inferred if grid is not None}
-    if tuple(hint) in known or any(
-        grid is None and grid_from_hint(hint, count) for grid, count in zip(inferred, tokens, strict=True)
-    ):
-        return
-    if known:
-        finest = max(known, key=math.prod)
+    if seen:
+        finest = max(seen, key=math.prod)
         raise GridError(f"grid={hint!r} contradicts the graph, whose finest image grid is {finest}")
-    raise GridError(f"grid={hint!r} has {math.prod(hint)} tokens; the attentions have {sorted(set(tokens))}")
+    raise GridError(f"grid={hint!r} has {math.prod(hint)} tokens; the attentions have {sorted(set(open_to_it))}")

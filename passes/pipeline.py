@@ -17,7 +17,7 @@ from bigain_fx.passes.axes import Refusal, shape_of
 from bigain_fx.passes.blocks import with_blocks
 from bigain_fx.passes.canonical import canonicalize
 from bigain_fx.passes.flops import flops
-from bigain_fx.passes.grid import Grid, check_form, check_hint, image_layouts, packed_input, placed
+from bigain_fx.passes.grid import Grid, check_form, check_hint
 from bigain_fx.passes.methods import KV, MERGE, MergeMethod, Method, Methods
 from bigain_fx.passes.sites import AttentionSite, Unplaced, find_sites, module_name
 from bigain_fx.passes.spelled import spelled_out
@@ -82,12 +82,9 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
     if any(isinstance(method, MergeMethod) and method.scope == "block" for method in methods):
         sites_of |= with_blocks(result.graph, sites, around)
     found = sorted((sites_of | spelled_out(result.graph, around.learned)).items(), key=itemgetter(0))
-    if grid is not None and packed_input(result.graph, grid) is None:
-        unplaced = [site.tokens for _, site in found if isinstance(site, Unplaced)]
-        layouts = image_layouts(result.graph)
-        places = [placed(site.x, layouts) for site in sites]
-        inferred = [place[0] if place else None for place in places] + [None] * len(unplaced)
-        check_hint(grid, inferred, [site.tokens for site in sites] + unplaced)
+    if grid is not None:
+        unplaced = [site.tokens for site in sites_of.values() if isinstance(site, Unplaced)]
+        check_hint(result.graph, grid, {site.x: site.tokens for site in sites}, unplaced)
     finest = sorted({site.grid for site in sites}, key=lambda sides: (-math.prod(sides), sides))
 
     names = [module_name(node) for node, _ in found]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -212,15 +212,33 @@ def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
             "tell whether that lasts; for the scale of a LoRA, call set_adapters() instead"
         )
     out_spec = program.call_spec.out_spec
-    leaves = pytree.tree_leaves(dict(arguments))
+    _check_static(module.graph, type(model).__name__)
+    leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for node, leaf in zip(inputs, leaves, strict=True):
+    for node, (path, leaf) in zip(inputs, leaves, strict=True):
+        node.meta["argument"] = pytree.keystr(path[:1])
         if not isinstance(leaf, Tensor):
             node.replace_all_uses_with(leaf)
             module.graph.erase_node(node)
     module.graph.set_codegen(CodeGen())
     # A fresh module leaves behind the input checks that export hangs on its own.
     return Captured(GraphModule(module, module.graph), out_spec)
+
+
+def _check_static(graph: Graph, model: str) -> None:
+    """Refuse a graph of which a shape depends on the values of inputs, or that holds what no graph can run."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape):
+            raise CaptureError(
+                f"{model} cannot be captured: the shape of {node.name} depends on the values of its inputs"
+            )
+        if node.op == "call_function" and not isinstance(node.target, OpOverload | HigherOrderOperator):
+            home = getattr(node.target, "__module__", None) or ""
+            if home not in ("_operator", "math", "torch"):
+                raise CaptureError(
+                    f"{model} cannot be captured: torch.export left a call of {node.target} in the graph"
+                )
 
 
 def _constant_written(graph: Graph, model: nn.Module) -> str | None:

@@ -37,9 +37,11 @@ def cut_dim(node: Node) -> int:
 
 
 def slice_range(node: Node) -> tuple[int, int, int]:
-    """Start, stop and step of an ``aten.slice``, within the size that it cuts."""
+    """Start, stop and step of an ``aten.slice``, within the size that it cuts; step 0 if they are computed."""
     size = shape_of(node.args[0])[cut_dim(node)]  # type: ignore[arg-type]
     bounds: list[Any] = [*node.args[2:], None, None, None]
+    if any(isinstance(bound, Node) for bound in bounds):
+        return 0, size, 0
     return slice(*bounds[:3]).indices(size)
 
 

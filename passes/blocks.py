@@ -8,11 +8,9 @@ from dataclasses import replace
 from torch.fx import Graph, Node
 
 from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, named, segment, shape_of
-from bigain_fx.passes.grid import placed
+from bigain_fx.passes.grid import CONVOLUTIONS, placed
 from bigain_fx.passes.region import Region, grow
 from bigain_fx.passes.sites import AttentionSite, Surroundings
-
-_MIXES = frozenset({aten.conv2d.default, aten.conv2d.padding})
 
 
 def with_blocks(graph: Graph, sites: Sequence[AttentionSite], around: Surroundings) -> dict[Node, AttentionSite]:
@@ -45,7 +43,7 @@ def _latest_site(
         above = [latest[source] for source in node.all_input_nodes if source in latest]
         if node in sites:
             latest[node] = sites[node]
-        elif above and node in images and node.target not in _MIXES:
+        elif above and node in images and node.target not in CONVOLUTIONS:
             latest[node] = max(above, key=lambda site: site.sdpa)
     return latest
 

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from torch.fx import Graph, Node
 
 from bigain_fx.passes.arguments import CONCATENATIONS, SDPA
-from bigain_fx.passes.axes import Layout, Refusal, aten, named, names, parts, shape_of
+from bigain_fx.passes.axes import Layout, Refusal, aten, descendants, named, names, parts, shape_of
 from bigain_fx.passes.errors import GridError
 from bigain_fx.passes.rules import POINTWISE, propagate
 
 FRAMES, ROWS, COLUMNS = "frames", "rows", "columns"
 Grid = tuple[int, int]
-_CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.conv3d.padding})
+CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.conv3d.padding})
 _JOINS = POINTWISE | CONCATENATIONS | {aten.stack.default, aten.pad_sequence.default}
 
 
@@ -30,14 +30,15 @@ def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
         hint: ``(rows, columns)`` of the first input's tokens, where that is ``(B, rows * columns, C)``.
     """
     layouts: dict[Node, Layout] = {}
-    packed = packed_input(graph, hint)
+    packed, samples = packed_input(graph, hint), sample_inputs(graph)
+    sampled = descendants(samples, graph)
     for node in graph.nodes:
         shape = shape_of(node)
         layout: Layout | Refusal | None = None
-        if node.target in _CONVOLUTIONS or (node.op == "placeholder" and len(shape) in (4, 5)):
-            layout = _feature_map(shape)
-        elif node is packed and hint:
+        if node is packed and hint:
             layout = (named("", shape[0]), named(ROWS, hint[0]) + named(COLUMNS, hint[1]), named("", shape[2]))
+        elif node in samples or (node.target in CONVOLUTIONS and node in sampled):
+            layout = _feature_map(shape)
         elif node.target is SDPA:
             layout = (*layouts[node.args[0]][:-1], named("", shape[-1])) if node.args[0] in layouts else None
         elif any(source in layouts for source in node.all_input_nodes) and (
@@ -49,12 +50,19 @@ def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
     return layouts
 
 
+def sample_inputs(graph: Graph) -> Sequence[Node]:
+    """The noisy sample: the first feature map among the inputs, with all others of its list; else the first tokens."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and len(shape_of(node)) > 2]
+    maps = [node for node in inputs if len(shape_of(node)) > 3]
+    argument = maps[0].meta.get("argument") if maps else None
+    return [node for node in maps if argument and node.meta.get("argument") == argument] or (maps or inputs)[:1]
+
+
 def packed_input(graph: Graph, hint: Grid | None) -> Node | None:
     """The first input, if it is the tokens of an image with the grid ``hint``: ``(B, rows * columns, C)``."""
-    first: Node | None = next((node for node in graph.nodes if node.op == "placeholder"), None)
-    if first is None or hint is None or len(shape_of(first)) != 3 or shape_of(first)[1] != math.prod(hint):
+    if hint is None:
         return None
-    return first
+    return next((node for node in sample_inputs(graph)[:1] if shape_of(node)[1:-1] == (math.prod(hint),)), None)
 
 
 def _feature_map(shape: tuple[int, ...]) -> Layout | None:
@@ -67,7 +75,7 @@ def _feature_map(shape: tuple[int, ...]) -> Layout | None:
 def placed(node: Node, layouts: Mapping[Node, Layout]) -> tuple[Grid, int, int] | None:
     """The grid of the image among the rows of ``node (B, rows, C)``, and the number of rows before and after it."""
     layout = layouts.get(node)
-    if layout is None or len(layout) != 3 or names(layout[0]) or names(layout[2]):
+    if layout is None or len(layout) != 3 or names(layout[0]) - {FRAMES} or names(layout[2]):
         return None
     before, inner, after = parts(layout[1])
     sizes = {name: axis.size for axis in inner for name in axis.names}
@@ -76,14 +84,15 @@ def placed(node: Node, layouts: Mapping[Node, Layout]) -> tuple[Grid, int, int] 
     return ((sides[0], sides[1]), before, after) if [*sizes] == [ROWS, COLUMNS] and len(sides) == 2 else None
 
 
-def why_unplaced(node: Node, layouts: Mapping[Node, Layout]) -> str:
+def why_unplaced(node: Node, layouts: Mapping[Node, Layout], hint: Grid | None) -> str:
     """Why :func:`placed` finds nothing, in words."""
     layout = layouts.get(node, ())
     if any({ROWS, COLUMNS} <= names(dim) for dim in layout[1:]):
         return "video: its tokens are frames x rows x columns, or several images; a grid is one image"
-    if layout and names(layout[0]):
+    if layout and names(layout[0]) - {FRAMES}:
         return "it attends across images or within windows: rows and columns are in its batch"
-    return "no grid: the graph does not tell which tokens lie where; pass grid="
+    asked = f"grid={hint} does not place them" if hint else "pass grid="
+    return f"no grid: the graph does not tell which tokens lie where; {asked}"
 
 
 def grid_from_hint(hint: Grid, tokens: int) -> Grid | None:

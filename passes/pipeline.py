@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from operator import itemgetter
 from types import ModuleType
 
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from bigain_fx.passes import kv, merge
+from bigain_fx.passes.arguments import SDPA
 from bigain_fx.passes.axes import Refusal, shape_of
 from bigain_fx.passes.blocks import with_blocks
 from bigain_fx.passes.canonical import canonicalize
@@ -88,7 +89,7 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
     finest = sorted({site.grid for site in sites}, key=lambda sides: (-math.prod(sides), sides))
 
     names = [module_name(node) for node, _ in found]
-    rows = [site.tokens if isinstance(site, AttentionSite) else shape_of(node)[-2] for node, site in found]
+    rows = [site.tokens if isinstance(site, AttentionSite) else _rows(node) for node, site in found]
     before, flops_before = _module_flops(result.graph), flops(result.graph.nodes)
     outcomes: list[tuple[str, str, int]] = []
     # The last first: what a site reads is then still what it was found to read.
@@ -107,6 +108,12 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
         for name, (action, reason, left), tokens, (_, site) in zip(names, outcomes, rows, found, strict=True)
     )  # fmt: skip
     return Rewritten(result, records, flops_before, flops(result.graph.nodes))
+
+
+def _rows(attention: Node) -> int:
+    """Tokens of an attention of any kind."""
+    queries = attention.all_input_nodes[0]
+    return shape_of(queries)[-2] if attention.target is SDPA else max(shape_of(queries)[-2:], default=0)
 
 
 def _rewrite_site(surgeon: Surgeon, site: AttentionSite, level: int, methods: Methods) -> tuple[str, str, int]:

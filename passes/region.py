@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -10,10 +10,11 @@ import torch
 from torch.fx import Graph, Node
 
 from bigain_fx.passes.arguments import SDPA
-from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, names, parts
+from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, descendants, names, parts
+from bigain_fx.passes.grid import CONVOLUTIONS, sample_inputs
 from bigain_fx.passes.rules import NORMS, from_elsewhere, lined_up, propagate
 
-_LAYERS = NORMS | {aten.linear.default, aten.conv2d.default, aten.conv2d.padding, aten.embedding.default, SDPA}
+_LAYERS = NORMS | CONVOLUTIONS | {aten.linear.default, aten.embedding.default, aten.conv1d.default, SDPA}
 _ADDS = frozenset({aten.add.Tensor, aten.add_.Tensor})
 
 
@@ -36,18 +37,10 @@ class Region:
     layouts: Mapping[Node, Layout] = field(repr=False)
 
 
-def descendants(nodes: Iterable[Node], graph: Graph) -> Set[Node]:
-    """``nodes`` and all that depends on them."""
-    found = set(nodes)
-    for node in graph.nodes:
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
 def features(graph: Graph) -> Set[Node]:
-    """The nodes that depend on a layer of the model: what is left is positions, masks, constants."""
-    return descendants((node for node in graph.nodes if node.target in _LAYERS), graph)
+    """What depends on the sample or on a layer of the model; what does not is positions, masks, constants."""
+    layers = [node for node in graph.nodes if node.target in _LAYERS]
+    return descendants([*sample_inputs(graph), *layers], graph)
 
 
 def step(node: Node, layouts: Mapping[Node, Layout], learned: Set[Node]) -> Layout | Refusal:

@@ -6,16 +6,29 @@ projected from, down to the last nodes before the branch meets all tokens again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
 
 from bigain_fx.passes.arguments import SDPA, channel_parts, mask_of
-from bigain_fx.passes.axes import BATCH, TOKENS, Layout, Refusal, aten, named, names, parts, segment, shape_of
-from bigain_fx.passes.grid import Grid, grid_from_hint, image_layouts, placed, why_unplaced
+from bigain_fx.passes.axes import (
+    BATCH,
+    TOKENS,
+    Layout,
+    Refusal,
+    aten,
+    descendants,
+    named,
+    names,
+    parts,
+    segment,
+    shape_of,
+)
+from bigain_fx.passes.grid import Grid, grid_from_hint, image_layouts, placed, sample_inputs, why_unplaced
 from bigain_fx.passes.metric import Metric, stream, without_casts
-from bigain_fx.passes.region import Region, check_company, descendants, features, grow, step
+from bigain_fx.passes.region import Region, check_company, features, grow, step
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,14 @@ class Surroundings:
         images: layouts in rows and columns.
         learned: what depends on a layer of the model.
         sampled: what depends on the model's first input.
+        hint: the grid that was given.
         read: what the rewrites of its attentions read: no region may run past it.
     """
 
     images: Mapping[Node, Layout]
     learned: Set[Node]
     sampled: Set[Node]
+    hint: Grid | None
     read: Set[Node] = frozenset()
 
 
@@ -101,10 +116,8 @@ def find_sites(graph: Graph, hint: Grid | None = None) -> tuple[dict[Node, Atten
         hint: ``(rows, columns)`` of image tokens at the finest resolution, for graphs that cannot tell.
     """
     attentions = [node for node in graph.nodes if node.target is SDPA]
-    first = [node for node in graph.nodes if node.op == "placeholder"][:1]
     attentions = [node for node in graph.nodes if node.target is SDPA]
-    first = [node for node in graph.nodes if node.op == "placeholder"][:1]
-    around = Surroundings(image_layouts(graph, hint), features(graph), descendants(first, graph))
+    around = Surroundings(image_layouts(graph, hint), features(graph), descendants(sample_inputs(graph), graph), hint)
     places = {node: _place(node, around, None) for node in attentions}
     if hint is not None and all(isinstance(place, Refusal) for place in places.values()):
         places = {node: _place(node, around, hint) for node in attentions}
@@ -197,16 +210,21 @@ def _place(sdpa: Node, around: Surroundings, hint: Grid | None) -> _Place | Refu
     if places:
         several = Refusal(f"q, k and v are projected from {len(places)} images at once", sdpa.name)
         return places[0] if len(places) == 1 else several
-    x, joint = shared[0], len(set.union(*sources.values())) > 1
+    joint = len(set.union(*sources.values())) > 1
+    images = [x for x in shared if x in around.sampled and len(shape_of(x)) == 3 and shape_of(x)[1] > 1]
+    if hint and joint:
+        images = [x for x in images if shape_of(x)[1] == math.prod(hint)] or images
+    x = (images or shared)[0]
     shape = shape_of(x)
     if len(shape) != 3 or shape[1] < 2:
         return Refusal(f"its input has shape {shape}, not (batch, tokens, channels)", x.name)
     if x not in around.sampled:
         return Refusal("its tokens are not made from the model's first input: no image", x.name)
     known = any(names(dim) for dim in around.images.get(x, ()))
-    grid = grid_from_hint(hint, shape[1]) if hint and not joint and not known else None
-    if grid is None:
-        return Unplaced(("joint attention: " if joint else "") + why_unplaced(x, around.images), x.name, shape[1])
+    grid = grid_from_hint(hint, shape[1]) if hint and not known and len(images) == 1 else None
+    if grid is None or (joint and grid != hint):
+        why = why_unplaced(x, around.images, around.hint)
+        return Unplaced(("joint attention: " if joint else "") + why, x.name, shape[1])
     return _Place(x, grid, 0, 0)
 
 

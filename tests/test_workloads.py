@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bigain_fx as bgx
-from bigain_fx.models import load
+from bigain_fx.models import example_inputs, load
 from tests.test_optimize import dit, unet
 
 
@@ -23,6 +23,10 @@ from tests.test_optimize import dit, unet
         pytest.param("sdxl", None, 2_567_463_684, 140, 10, (64, 64), marks=pytest.mark.slow),
         ("dit-xl-2", 64, None, 28, 28, (32, 32)),
         ("pixart", None, 610_856_096, 56, 28, (64, 64)),
+        # one joint attention a block
+        pytest.param("sd3", None, 2_028_328_000, 24, 24, (64, 64), marks=pytest.mark.slow),
+        # 19 double blocks and 38 single ones
+        pytest.param("flux", 64, 11_901_408_320, 57, 57, (32, 32), marks=pytest.mark.slow),
     ],
 )
 def test_known_configurations(
@@ -31,11 +35,29 @@ def test_known_configurations(
     workload = load(name, size=size, batch=1, device="meta")
     if parameters:
         assert sum(p.numel() for p in workload.model.parameters()) == parameters
-    report = bgx.inspect(workload.model, workload.args, workload.kwargs, method=bgx.LaplacianMerge(0.7))
+    report = bgx.inspect(
+        workload.model, workload.args, workload.kwargs, method=bgx.LaplacianMerge(0.7), grid=workload.grid
+    )
     assert len(report.sites) == attentions
     assert len(report.rewritten) == rewritten
     assert {site.grid for site in report.rewritten} == {grid}
     assert {site.tokens - site.tokens_after for site in report.rewritten} == {int(0.7 * grid[0] * grid[1])}
+
+
+def test_flux_inputs_are_packed_as_its_pipeline_packs_them() -> None:
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        in_channels=8, num_layers=1, num_single_layers=0, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 6, 6), guidance_embeds=True,
+    )  # fmt: skip
+    inputs = example_inputs(model, 16, 3)
+    assert inputs["hidden_states"].shape == (3, 64, 8)
+    expected = FluxPipeline._prepare_latent_image_ids(3, 8, 8, torch.device("cpu"), torch.float32)
+    assert torch.equal(inputs["img_ids"], expected)
+    assert inputs["guidance"].shape == (3,)
+    report = bgx.inspect(model.eval(), (), inputs, method=bgx.ToDo())
+    assert {site.grid for site in report.rewritten} == {(8, 8)}, "the positions tell the grid"
 
 
 @pytest.mark.parametrize("pipeline", [False, True])

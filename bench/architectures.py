@@ -1,0 +1,268 @@
+"""What can be rewritten in each family of denoisers, and what it can save: ``python -m bigain_fx.bench.architectures``.
+
+Every family is captured at its published size on the meta device, which takes no memory, and rewritten by each method.
+The numbers go to ``bench/results/architectures.json``, family by family, and what a user reads of them to
+``docs/architectures.md``.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bigain_fx.bench import BenchError, result
+from bigain_fx.capture import CallBinder, capture
+from bigain_fx.passes.errors import CaptureError
+from bigain_fx.passes.flops import plan_flops
+from bigain_fx.passes.methods import KVDownsample, LaplacianMerge, Methods
+from bigain_fx.passes.pipeline import SiteRecord, rewrite
+from bigain_fx.report import Report
+
+if TYPE_CHECKING:
+    from bigain_fx.bench.published import Family
+
+RATIO, FACTOR = 0.7, 2
+CEILINGS: dict[str, Methods] = {
+    "merge": (LaplacianMerge(RATIO, levels=None),),
+    "block": (LaplacianMerge(RATIO, levels=None, scope="block"),),
+    "kv": (KVDownsample(FACTOR, levels=None),),
+}
+VERSIONS = ("torch", "diffusers", "bigain_fx")
+EXAMPLE = "SDXL"
+
+
+def measure(family: Family) -> dict[str, Any]:
+    """What the passes find and leave in one family, as plain data; ``error`` is why there is no graph of it."""
+    model, kwargs = family.make()
+    arguments, _ = CallBinder(model).bind((), kwargs)
+    row: dict[str, Any] = {
+        "family": family.name, "size": family.size, "model": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }  # fmt: skip
+    try:
+        module = capture(model, arguments).module
+    except CaptureError as error:
+        return row | {"error": str(error)}
+    finest = (LaplacianMerge(RATIO),)
+    first = rewrite(module, finest, family.grid)
+    found = {name: rewrite(module, methods, family.grid) for name, methods in CEILINGS.items()}
+    grids = Counter(record.grid for record in first.records if record.grid)
+    return row | {
+        "attentions": len(first.records),
+        "grids": [[*grid, count] for grid, count in sorted(grids.items(), reverse=True)],
+        "rewritten_at_levels_1": _rewritten(first.records),
+        "flops": first.flops,
+        "ceilings": {
+            name: {
+                "rewritten": _rewritten(rewritten.records), "flops": rewritten.flops_after,
+                "plan_flops": plan_flops(rewritten.module.graph.nodes),
+            }
+            for name, rewritten in found.items()
+        },
+        "kept": _kept({name: rewritten.records for name, rewritten in found.items()}),
+        "report": _excerpt(Report.of(type(model).__name__, finest, first)),
+    }  # fmt: skip
+
+
+def _rewritten(records: Iterable[SiteRecord]) -> int:
+    return sum(record.action != "kept" for record in records)
+
+
+def _kept(records_of: dict[str, tuple[SiteRecord, ...]]) -> list[dict[str, Any]]:
+    """Attentions by the reason for which they are kept with every grid allowed, and the methods that it holds for."""
+    groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for method, records in records_of.items():
+        for record in records:
+            if record.action == "kept":
+                groups[_general(record.reason)][method].append(record.name)
+    return [
+        {
+            "reason": reason, "methods": [*names_of], "attentions": max(map(len, names_of.values())),
+            "where": sorted({re.sub(r"\b\d+\b", "*", name) for names in names_of.values() for name in names}),
+        }
+        for reason, names_of in groups.items()
+    ]  # fmt: skip
+
+
+def _general(reason: str) -> str:
+    """``reason`` without the numbers of nodes, which differ from attention to attention."""
+    return re.sub(r"\b([a-z]\w*?)_\d+\b", r"\1", re.sub(r" \(at \w+\)$", "", reason))
+
+
+def _excerpt(report: Report) -> list[str]:
+    """The headline of ``report``, and its first line of each kind."""
+    lines = str(report).splitlines()
+    seen: set[tuple[object, ...]] = set()
+    for site, line in zip(report.sites, list(lines[1:]), strict=True):
+        kind = (site.action, site.grid, _general(site.reason))
+        if kind in seen:
+            lines.remove(line)
+        seen.add(kind)
+    return lines
+
+
+# ------------------------------------------------------------------------------------- the document
+
+HEAD = f"""# Architectures
+
+bigain-fx reads the graph of a denoiser, finds every self-attention among image tokens, and rewrites it; what it cannot
+rewrite it keeps as it was, and says why. The table gives, for stock diffusers models at their published size, how many
+attentions that is, and how many times fewer floating-point operations are left.
+
+| denoiser | on an image grid | rewritten, `levels=1` / `None` | merge {RATIO} | merge {RATIO}, block | KV, {FACTOR} |
+| --- | --- | --- | ---: | ---: | ---: |
+"""
+
+LEGEND = f"""
+- *On an image grid*: self-attentions whose tokens are the cells of one image, rows x columns; of all attentions.
+- *Rewritten*: by merging, on the finest grid alone (`levels=1`, the default and the paper's setting), and on all.
+- *Merge, block, KV*: `LaplacianMerge({RATIO})`, the same with `scope="block"`, and `KVDownsample({FACTOR})`, all with
+  `levels=None`. Each is a ceiling: FLOPs of the dense model over those of the rewritten one, had the tokens been chosen
+  for nothing. In brackets is the ratio with the similarities that choosing them takes. Downsampling chooses nothing.
+- Time follows FLOPs only where matrix products fill the device; [the benchmarks](../bench/README.md) measure time.
+"""
+
+KEPT = """
+## What is kept, and why
+
+Cross-attention has no tokens of the image to spare among its keys, and its queries belong to another attention's plan:
+block scope carries it along instead. The rest is listed by what the report says, with every grid allowed.
+
+"""
+
+VIDEO = """
+Video is refused where a self-attention sees several frames at once: neighbours of a token are then also those in the
+frames before and after, which neither the score nor the cells of [the operators](operators.md) know. Where a model
+attends within each frame and over time in turns, as Latte does, the frames are images, and are merged one by one.
+"""
+
+READING = """
+## How to read a report
+
+`bigain-fx inspect sdxl`, `bigain_fx.inspect(...)` and `fast.report` give one line for each attention, none left out.
+Of SDXL, the headline and one line of each kind:
+
+```text
+{lines}
+```
+
+- The name is the module's path in the original model.
+- The action is `merge`, `kv`, `merge+kv` or `kept`.
+- Tokens are those of the image; after the arrow, those that the attention works on, or for `kv` alone its keys.
+- GFLOPs are of the module, projections and the plan included, for the batch that it was captured with.
+- The reason says why an attention, or a part of the method, was left out. `level 2 of the grids` is a matter of
+  `levels=`; `pass grid=` is a matter of `grid=(rows, columns)`; all other reasons are in the section above.
+- The node after `at` is where the matcher stopped, for bug reports.
+
+## What was counted
+
+Stock classes of diffusers {diffusers}, captured by torch {torch} on the meta device: one image or video, one call,
+without guidance's second half. 2 FLOPs for each multiply-add of matrix products, convolutions, attention and the plan;
+embeddings of text and of time are part of the model, text encoders and VAE are not. `python -m
+bigain_fx.bench.architectures` makes this page.
+
+| denoiser | class | input | parameters | TFLOPs |
+| --- | --- | --- | ---: | ---: |
+"""
+
+
+def to_markdown(found: dict[str, Any]) -> str:
+    """The document."""
+    rows: list[dict[str, Any]] = found["rows"]
+    captured = [row for row in rows if "error" not in row]
+    lines = [HEAD.rstrip("\n"), *map(_summary, rows), LEGEND, KEPT.strip("\n"), "", *_reasons(rows), VIDEO.rstrip("\n")]
+    (example,) = (row["report"] for row in captured if row["family"] == EXAMPLE)
+    lines += [READING.rstrip("\n").format(lines="\n".join(example), **found["versions"])]
+    for row in rows:
+        flops = f"{row['flops'] / 1e12:.2f}" if row in captured else "-"
+        lines.append(
+            f"| {row['family']} | `{row['model']}` | {row['size']} | {row['parameters'] / 1e6:,.0f} M | {flops} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _summary(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {row['family']} | - | no graph | - | - | - |"
+    ceilings = row["ceilings"]
+    sites = ", ".join(f"{count} of {rows}x{columns}" for rows, columns, count in row["grids"]) or "none"
+    most = max(ceiling["rewritten"] for ceiling in ceilings.values())
+    cells = [
+        row["family"], f"{sites}; {row['attentions']} in all", f"{row['rewritten_at_levels_1']} / {most}",
+        *(_ratio(row["flops"], ceiling) for ceiling in ceilings.values()),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _ratio(dense: int, ceiling: dict[str, int]) -> str:
+    if not ceiling["rewritten"]:
+        return "-"
+    free = f"{dense / (ceiling['flops'] - ceiling['plan_flops']):.2f}"
+    return free + (f" ({dense / ceiling['flops']:.2f})" if ceiling["plan_flops"] else "")
+
+
+def _reasons(rows: list[dict[str, Any]]) -> list[str]:
+    """Every reason with the families that it is given in."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        for group in row.get("kept", ()):
+            where = ", ".join(f"`{name}`" for name in group["where"])
+            alone = "" if len(group["methods"]) == len(CEILINGS) else f" by {' and '.join(group['methods'])}"
+            places[group["reason"]].append(f"{row['family']}: {group['attentions']}{alone}, {where}")
+        if "error" in row:
+            places[row["error"]].append(f"{row['family']}: the whole model")
+    lines = []
+    for reason, families in places.items():
+        lines += [f"- **{reason}**", *(f"  - {family}" for family in families)]
+    return lines
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The rows of ``path``; none where they are of other versions, or the file is not there."""
+    versions = {name: version for name, version in result.versions().items() if name in VERSIONS}
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found if found.get("versions") == versions else {"versions": versions, "rows": []}
+
+
+def main(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="families to look at again; those not done by default")
+    ] = None,
+    results: Annotated[Path, typer.Option(help="where the numbers are kept")] = Path(
+        "bench/results/architectures.json"
+    ),
+    document: Annotated[Path, typer.Option(help="what is written of them")] = Path("docs/architectures.md"),
+) -> None:
+    """Capture every family at full size, without memory, and say what is rewritten, kept and saved."""
+    from bigain_fx.bench.published import FAMILIES
+
+    order = [family.name for family in FAMILIES]
+    if unknown := set(names or ()) - set(order):
+        raise BenchError(f"{sorted(unknown)[0]!r} is not one of {', '.join(order)}")
+    result.prepare(results.parent)
+    found = load(results)
+    console = Console()
+    for family in FAMILIES:
+        done = any(row["family"] == family.name for row in found["rows"])
+        if family.name not in (names or order) or (done and not names):
+            continue
+        console.print(f"{family.name} ...", markup=False)
+        rows = [row for row in found["rows"] if row["family"] != family.name] + [measure(family)]
+        found["rows"] = sorted(rows, key=lambda row: order.index(row["family"]))
+        result.write(results, json.dumps(found, indent=1) + "\n")
+        gc.collect()
+    if len(found["rows"]) == len(order):
+        result.write(document, to_markdown(found))
+        console.print(f"{document} is written", markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,190 @@
+"""What differs between families of denoisers: the units of the timestep, and the inputs that tell the token grid.
+
+Both are read from the sources of the pipelines of diffusers 0.42, family by family. Nothing else in this project knows
+one denoiser from another.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from bigain_fx.passes.errors import GridError, MethodError
+from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.methods import KVDownsample, LinearAlpha, Method, Methods
+
+GridHint = Grid | Callable[[Mapping[str, Any]], Grid | None] | None
+Units = tuple[float, float]
+STEPS: Units = (999, 0)
+FRACTION: Units = (0.999, 0)
+REVERSED: Units = (0.001, 1)
+REVERSED_STEPS: Units = (1, 1000)
+
+
+def _sana(config: Any) -> Units:
+    """Sprint, which alone embeds the guidance scale, takes the noise level; the others scaled steps."""
+    if getattr(config, "guidance_embeds", False):
+        return FRACTION
+    scale = getattr(config, "timestep_scale", 1)
+    return STEPS[0] * scale, STEPS[1] * scale
+
+
+UNITS: Mapping[str, Units | Callable[[Any], Units]] = {
+    **dict.fromkeys((
+        "UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel", "UNetMotionModel", "UNetControlNetXSModel",
+        "I2VGenXLUNet", "Kandinsky3UNet", "DreamLiteUNetModel", "AudioLDM2UNet2DConditionModel",
+        "ControlNetModel", "ControlNetUnionModel", "SparseControlNetModel",
+        "DiTTransformer2DModel", "PixArtTransformer2DModel", "LatteTransformer3DModel", "HunyuanDiT2DModel",
+        "HunyuanDiT2DControlNetModel", "SD3Transformer2DModel", "SD3ControlNetModel", "CogView3PlusTransformer2DModel",
+        "CogView4Transformer2DModel", "CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel",
+        "AllegroTransformer3DModel", "AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel",
+        "BriaTransformer2DModel", "BriaFiboTransformer2DModel", "ChronoEditTransformer3DModel",
+        "EasyAnimateTransformer3DModel", "ErnieImageTransformer2DModel", "GlmImageTransformer2DModel",
+        "HeliosTransformer3DModel", "HiDreamImageTransformer2DModel", "HunyuanImageTransformer2DModel",
+        "HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel", "HunyuanVideoFramepackTransformer3DModel",
+        "JoyImageEditTransformer3DModel", "JoyImageEditPlusTransformer3DModel", "Kandinsky5Transformer3DModel",
+        "Kandinsky6Transformer3DModel", "Kandinsky6SRTransformer3DModel", "LTXVideoTransformer3DModel",
+        "LTX2VideoTransformer3DModel", "MotifVideoTransformer3DModel", "SanaControlNetModel",
+        "SanaVideoTransformer3DModel", "SanaWMTransformer3DModel", "SkyReelsV2Transformer3DModel",
+        "WanTransformer3DModel", "WanAnimateTransformer3DModel", "WanVACETransformer3DModel",
+    ), STEPS),
+    **dict.fromkeys((
+        "FluxTransformer2DModel", "FluxControlNetModel", "Flux2Transformer2DModel", "Flux3Transformer2DModel",
+        "ChromaTransformer2DModel", "QwenImageTransformer2DModel", "QwenImage21Transformer2DModel",
+        "QwenImageControlNetModel", "AuraFlowTransformer2DModel", "BriaFibo2Transformer2DModel",
+        "Krea2Transformer2DModel", "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel",
+        "OvisImageTransformer2DModel", "PRXTransformer2DModel",
+    ), FRACTION),
+    **dict.fromkeys((
+        "LuminaNextDiT2DModel", "Lumina2Transformer2DModel", "ZImageTransformer2DModel", "ZImageControlNetModel",
+        "Ideogram4Transformer2DModel",
+    ), REVERSED),
+    "MochiTransformer3DModel": REVERSED_STEPS,
+    "SanaTransformer2DModel": _sana,
+}  # fmt: skip
+"""The timestep input at the noisiest of 1,000 steps and at the clean end, by the class of the denoiser.
+
+A pipeline passes its scheduler's step ``t`` (999 to 0), ``t / 1000``, ``1 - t / 1000`` or ``1000 - t``. Not here are
+families whose pipelines disagree, or whose units hang on the scheduler alone: Cosmos, OmniGen, Stable Video Diffusion.
+"""
+
+
+def resolve(methods: Methods, model: nn.Module | None) -> Methods:
+    """Fill in the ends of every :class:`LinearAlpha` that names none, in the units of the family of ``model``.
+
+    Raises:
+        MethodError: there is one, and the family is not in :data:`UNITS`.
+    """
+    return tuple(_resolve(method, model) for method in methods)
+
+
+def _resolve(method: Method, model: nn.Module | None) -> Method:
+    if not isinstance(method, KVDownsample) or not isinstance(method.alpha, LinearAlpha):
+        return method
+    if method.alpha.t_noisy is not None:
+        return method
+    names = [] if model is None else [kind.__name__ for kind in type(model).__mro__]
+    known = next((UNITS[name] for name in names if name in UNITS), None)
+    if known is None:
+        family = names[0] if names else "the model"
+        raise MethodError(
+            f"alpha={method.alpha!r}: the units in which {family} takes its timestep are not known; name them, as in "
+            "LinearAlpha(t_noisy=999, t_clean=0)"
+        )
+    noisy, clean = known(getattr(model, "config", None)) if callable(known) else known
+    return replace(method, alpha=replace(method.alpha, t_noisy=noisy, t_clean=clean))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The grid that the inputs tell, if they do; ``reason`` says why an input that should tell it does not."""
+
+    grid: Grid | None = None
+    reason: str = ""
+
+
+class GridReader:
+    """Reads the ``(rows, columns)`` of the image tokens from the inputs of one call.
+
+    Two inputs tell it: ``img_ids``, ``(N, 3)`` or more columns, or ``(B, N, ...)``, the second and third columns being
+    row and column; and ``img_shapes``, ``(frames, rows, columns)`` of the images of each sample. To read ids is to wait
+    for their device: they are read once for each tensor, and again if it was written to. Tensors made in inference mode
+    do not tell whether they were, and are read every time.
+    """
+
+    def __init__(self) -> None:
+        self._known: Any = WeakTensorKeyDictionary()
+
+    def __call__(self, arguments: Mapping[str, Any]) -> Reading:
+        """The grid of the canonical keyword arguments of one call."""
+        if isinstance(ids := arguments.get("img_ids"), Tensor):
+            if ids.is_inference():
+                return _read_ids(ids)
+            version, reading = self._known.get(ids, (None, Reading()))
+            if version != ids._version:
+                reading = _read_ids(ids)
+                self._known[ids] = ids._version, reading
+            return reading  # type: ignore[no-any-return]
+        shapes = arguments.get("img_shapes")
+        return _read_shapes(shapes) if isinstance(shapes, list | tuple) and shapes else Reading()
+
+
+def _read_ids(ids: Tensor) -> Reading:
+    if ids.is_meta or ids.ndim not in (2, 3) or ids.shape[-1] < 3 or not ids.numel():
+        where = "on the meta device" if ids.is_meta else f"of shape {tuple(ids.shape)}"
+        return Reading(reason=f"img_ids is {where}, which tells no grid; pass grid=")
+    rows_of = ids.detach().double().cpu().reshape(-1, *ids.shape[-2:])
+    one = rows_of[0]
+    if not torch.equal(rows_of, one.expand_as(rows_of)):
+        return Reading(reason="img_ids differs from sample to sample; pass grid=")
+    kept = [column for column in range(one.shape[1]) if column not in (1, 2)]
+    if not torch.equal(one[:, kept], one[:1, kept].expand(len(one), -1)):
+        return Reading(reason="img_ids names several images or frames; pass grid=, if one grid holds them all")
+    row, column = one[:, 1], one[:, 2]
+    width = int((row == row[0]).long().cumprod(0).sum())
+    if len(one) % width == 0:
+        rows, columns = row.view(-1, width), column.view(-1, width)
+        product = (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
+        if product and (rows[:, 0].diff() > 0).all() and (columns[0].diff() > 0).all():
+            return Reading((len(one) // width, width))
+    return Reading(reason="img_ids does not run through rows of equal columns, one after another; pass grid=")
+
+
+def _read_shapes(shapes: Sequence[Any]) -> Reading:
+    """From ``[(frames, rows, columns), ...]``, one for each sample, or lists of them, one for each image."""
+    samples = [tuple(map(tuple, (sample,) if isinstance(sample[0], int) else sample)) for sample in shapes]
+    if len(set(samples)) > 1:
+        return Reading(reason="img_shapes differs from sample to sample; pass grid=")
+    if len(samples[0]) > 1 or samples[0][0][0] != 1:
+        return Reading(reason="img_shapes names several images or frames; pass grid=, if one grid holds them all")
+    _, rows, columns = samples[0][0]
+    return Reading((int(rows), int(columns)))
+
+
+def grid_for(hint: GridHint, arguments: Mapping[str, Any], read: Reading) -> Reading:
+    """The grid that the caller gives, as ``(rows, columns)`` or a function of the arguments; else what was ``read``.
+
+    Raises:
+        GridError: what the caller gives is no pair, or contradicts the inputs.
+    """
+    given = hint(arguments) if callable(hint) else hint
+    if given is None:
+        return read
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise GridError(f"grid={given!r} must be two positive integers (rows, columns), in image tokens")
+    rows, columns = given
+    if read.grid not in (None, (rows, columns)):
+        raise GridError(f"grid={given!r} contradicts the inputs, whose grid is {read.grid}")
+    return Reading((rows, columns))
+
+
+def attention_backend() -> object:
+    """The backend that diffusers' attention takes where nothing else was chosen; None without diffusers."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    return getattr(getattr(dispatch, "_AttentionBackendRegistry", None), "_active_backend", None)

@@ -1,0 +1,319 @@
+"""What docs/compatibility.md says, row by row: a row names its test, a test has its row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+import bigain_fx as bgx
+from tests.pipes import BY_NAME, Pipe, built, optimized, run
+from tests.test_more_pipelines import Graphs, check_images
+from tests.test_more_pipelines import graphs as graphs
+
+METHOD = (bgx.LaplacianMerge(0.5), bgx.KVDownsample(2))
+ROOT = Path(__file__).parent.parent
+Change = Callable[[Any], object]  # of a pipeline
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def denoiser(case: Pipe, pipe: Any) -> Any:
+    (part,) = case.sites
+    return getattr(pipe, part)
+
+
+def changed(case: Pipe, change: Change) -> Any:
+    pipe = built(case)
+    change(pipe)
+    return pipe
+
+
+def check(name: str, change: Change, graphs: Graphs, *, rewritten: bool = True) -> None:
+    """Changed after a call: exact without a method, captured once more. Changed before: a method finds its sites."""
+    case = BY_NAME[name]
+    expected = run(case, changed(case, change))
+    after = optimized(case, built(case), ())
+    run(case, after)
+    graphs.new()
+    change(after)
+    torch.testing.assert_close(run(case, after), expected, atol=1e-4, rtol=0)
+    assert graphs.new() == 1
+    compressed = optimized(case, changed(case, change), METHOD)
+    images = run(case, compressed)
+    sites = tuple(site.name for site in denoiser(case, compressed).report.rewritten)
+    if rewritten:
+        check_images(images, expected)
+        assert sites == next(iter(case.sites.values()))
+    else:
+        torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+        assert sites == ()
+
+
+@pytest.fixture(autouse=True)
+def _active_backend() -> Iterator[None]:
+    """``set_attention_backend`` sets the backend of every model of the process."""
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    yield
+    _AttentionBackendRegistry.set_active_backend(active)
+
+
+OF_DIFFUSERS: dict[str, tuple[str, Change]] = {
+    "FreeU": ("sd", lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)),
+    "fuse_qkv_projections, U-Net": ("sd", lambda pipe: pipe.fuse_qkv_projections(vae=False)),
+    "fuse_qkv_projections, SD3": ("sd3", lambda pipe: pipe.transformer.fuse_qkv_projections()),
+    "fuse_qkv_projections, Flux": ("flux", lambda pipe: pipe.transformer.fuse_qkv_projections()),
+    "set_attn_processor": ("sd", lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0())),
+    "set_attention_backend native": ("flux", lambda pipe: pipe.transformer.set_attention_backend("native")),
+    "set_attention_backend _native_math": ("flux", lambda pipe: pipe.transformer.set_attention_backend("_native_math")),
+}
+
+
+@pytest.mark.parametrize("what", OF_DIFFUSERS)
+def test_of_diffusers(what: str, graphs: Graphs) -> None:
+    check(*OF_DIFFUSERS[what], graphs)
+
+
+SPELLED_OUT: dict[str, Change] = {
+    "AttnProcessor": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
+    "enable_attention_slicing": lambda pipe: pipe.enable_attention_slicing(1),
+}
+
+
+@pytest.mark.parametrize("what", SPELLED_OUT)
+def test_attention_without_sdpa_is_kept(what: str, graphs: Graphs) -> None:
+    check("sd", SPELLED_OUT[what], graphs, rewritten=False)
+
+
+def test_flex_attention_is_kept() -> None:
+    case = BY_NAME["flux"]
+    pipe = built(case)
+    pipe.transformer.set_attention_backend("flex")
+    expected = run(case, pipe)
+    torch.testing.assert_close(run(case, optimized(case, pipe, METHOD)), expected, atol=1e-4, rtol=0)
+    assert pipe.transformer.report.rewritten == ()
+
+
+CACHES: dict[str, Callable[[Any], object]] = {
+    "FirstBlockCache": lambda pipe: FirstBlockCacheConfig(threshold=0.1),
+    "PyramidAttentionBroadcast": lambda pipe: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe._current_timestep
+    ),
+}
+HOOKS: dict[str, Change] = {
+    **{name: lambda pipe, make=make: pipe.transformer.enable_cache(make(pipe)) for name, make in CACHES.items()},
+    "enable_layerwise_casting": lambda pipe: pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn),
+    "enable_group_offload": lambda pipe: pipe.transformer.enable_group_offload(
+        torch.device("cpu"), offload_type="leaf_level"
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after a call"])
+@pytest.mark.parametrize("what", HOOKS)
+def test_hooks_that_decide_at_every_call_are_refused(what: str, when: str) -> None:
+    case = BY_NAME["flux"]
+    pipe = built(case)
+    if when == "before":
+        HOOKS[what](pipe)
+        with pytest.raises(bgx.InputError, match="which no graph can hold") as caught:
+            optimized(case, pipe, METHOD)
+    else:
+        optimized(case, pipe, METHOD)
+        run(case, pipe)
+        HOOKS[what](pipe)
+        with pytest.raises(bgx.InputError, match="which no graph can hold") as caught:
+            run(case, pipe)
+    assert "\n" not in str(caught.value)
+
+
+def quantized(config: str) -> Change:
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def change(pipe: Any) -> None:
+        model: nn.Module = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+        quantization.quantize_(getattr(model, "original", model), getattr(quantization, config)())
+
+    return change
+
+
+QUANTIZATIONS = ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"]
+
+
+@pytest.mark.parametrize("name", ["dit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "flux"))])
+@pytest.mark.parametrize("config", QUANTIZATIONS)
+def test_torchao(config: str, name: str, graphs: Graphs) -> None:
+    case, change = BY_NAME[name], quantized(config)
+    assert not torch.equal(run(case, changed(case, change)), run(case, built(case))), "nothing was quantized"
+    check(name, change, graphs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", QUANTIZATIONS)
+def test_torchao_under_inductor(config: str) -> None:
+    case, change = BY_NAME["dit"], quantized(config)
+    expected = run(case, optimized(case, changed(case, change), METHOD))
+    found = run(case, optimized(case, changed(case, change), METHOD, backend="inductor"))
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_compile_modes(mode: str) -> None:
+    """On a CPU; CUDA graphs and Triton templates need a GPU."""
+    case = BY_NAME["dit"]
+    torch._dynamo.reset()
+    expected = run(case, optimized(case, built(case), METHOD))
+    pipe = built(case)
+    pipe.transformer = bgx.optimize(pipe.transformer, method=METHOD, mode=mode)
+    for _ in range(2):
+        torch.testing.assert_close(run(case, pipe), expected, atol=1e-2, rtol=0)
+
+
+def lora(seed: int) -> dict[str, Tensor]:
+    """Rank 2, random, as ``load_lora_weights`` takes it."""
+    peft = pytest.importorskip("peft")
+    model = built(BY_NAME["sd"]).unet
+    torch.manual_seed(seed)
+    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS, init_lora_weights=False))
+    return {f"unet.{name}": tensor for name, tensor in peft.utils.get_peft_model_state_dict(model).items()}
+
+
+def loaded(weights: dict[str, Tensor], **options: Any) -> Change:
+    return lambda pipe: pipe.load_lora_weights(dict(weights), adapter_name="x", **options)
+
+
+def test_lora(graphs: Graphs) -> None:
+    check("sd", loaded(lora(1)), graphs)
+
+
+def test_lora_steps_are_counted(graphs: Graphs) -> None:
+    """A hot swap is no new graph; loading, a scale, fusing and unloading are one each."""
+    case, first, second = BY_NAME["sd"], lora(1), lora(2)
+    dense, pipe = built(case), optimized(case, built(case), ())
+    original = run(case, pipe)
+    assert graphs.new() == 1
+    steps: dict[str, tuple[int, Change]] = {
+        "load": (1, loaded(first)),
+        "hot swap": (0, loaded(second, hotswap=True)),
+        "scale": (1, lambda pipe: pipe.set_adapters("x", 0.5)),
+        "fuse": (1, lambda pipe: pipe.fuse_lora()),
+        "unfuse": (1, lambda pipe: pipe.unfuse_lora()),
+        "unload": (1, lambda pipe: pipe.unload_lora_weights()),
+    }
+    previous = original
+    for name, (count, change) in steps.items():
+        change(dense)
+        change(pipe)
+        expected, found = run(case, dense), run(case, pipe)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert graphs.new() == count, name
+        assert torch.allclose(found, previous, atol=1e-3) == (name in ("fuse", "unfuse")), name
+        previous = found
+    torch.testing.assert_close(previous, original, atol=1e-4, rtol=0)
+
+
+def attentions_of(pipe: Any) -> list[tuple[nn.ModuleList, int]]:
+    blocks = [pipe.unet.down_blocks[0].attentions, pipe.unet.up_blocks[1].attentions]
+    return [(held, index) for held in blocks for index in range(len(held))]
+
+
+def one_by_one(places: list[tuple[nn.ModuleList, int]], method: Any, grid: Any = None) -> None:
+    """Optimize modules of a model in their places."""
+    for held, index in places:
+        held[index] = bgx.optimize(held[index], method=method, backend="eager", grid=grid)
+
+
+def deep_cache(pipe: Any) -> None:
+    helper = pytest.importorskip("DeepCache").DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=2, cache_branch_id=0)
+    helper.enable()
+
+
+def test_deepcache_over_optimized_attentions() -> None:
+    case, options = BY_NAME["sd"], {"steps": 4}
+    expected = run(case, changed(case, deep_cache), **options)
+    assert (expected - run(case, built(case), **options)).abs().max() > 1e-3, "nothing was cached"
+    for method in ((), METHOD):
+        pipe = built(case)
+        one_by_one(attentions_of(pipe), method)
+        deep_cache(pipe)
+        images = run(case, pipe, **options)
+        if method:
+            check_images(images, expected)
+            assert all(held[index].report.rewritten for held, index in attentions_of(pipe))
+        else:
+            torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+
+
+def test_deepcache_in_an_optimized_unet_is_refused() -> None:
+    case = BY_NAME["sd"]
+    pipe = changed(case, deep_cache)
+    with pytest.raises(bgx.InputError) as caught:
+        run(case, optimized(case, pipe, METHOD))
+    assert "\n" not in str(caught.value)
+
+
+def cache_dit(pipe: Any) -> None:
+    """Over the blocks of a PixArt; ``check_forward_pattern`` reads signatures, which ours need not have."""
+    package = pytest.importorskip("cache_dit")
+    config = package.DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1, residual_diff_threshold=10.0
+    )
+    adapter = package.BlockAdapter(
+        pipe=pipe, transformer=pipe.transformer, blocks=pipe.transformer.transformer_blocks,
+        forward_pattern=package.ForwardPattern.Pattern_3, check_forward_pattern=False,
+    )  # fmt: skip
+    package.enable_cache(adapter, cache_config=config)
+
+
+def test_cache_dit_over_optimized_blocks() -> None:
+    case, options = BY_NAME["pixart"], {"steps": 6}
+    expected = run(case, changed(case, cache_dit), **options)
+    assert (expected - run(case, built(case), **options)).abs().max() > 1e-3, "nothing was cached"
+    for method in ((), METHOD):
+        pipe = built(case)
+        blocks = pipe.transformer.transformer_blocks
+        one_by_one([(blocks, index) for index in range(len(blocks))], method, grid=(8, 8))
+        cache_dit(pipe)
+        images = run(case, pipe, **options)
+        if method:
+            check_images(images, expected)
+            assert all(block.report.rewritten for block in blocks)
+        else:
+            torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+
+
+def test_a_cached_dit_is_refused() -> None:
+    case = BY_NAME["pixart"]
+    pipe = changed(case, cache_dit)
+    with pytest.raises(bgx.BigainError) as caught:
+        run(case, optimized(case, pipe, METHOD))
+    assert "\n" not in str(caught.value)
+
+
+def test_blocks_one_by_one_are_the_whole() -> None:
+    """Captured on its own, a block is compressed as it is in its model."""
+    case = BY_NAME["dit"]
+    for method in (*METHOD, METHOD):
+        pipe = built(case)
+        blocks = pipe.transformer.transformer_blocks
+        one_by_one([(blocks, index) for index in range(len(blocks))], method, grid=(8, 8))
+        torch.testing.assert_close(
+            run(case, pipe), run(case, optimized(case, built(case), method)), atol=1e-4, rtol=0
+        )  # fmt: skip
+
+
+def test_the_table_and_the_tests_name_one_another() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "compatibility.md").read_text()))
+    here = {name for name in globals() if name.startswith("test_") and "table" not in name}
+    elsewhere = (Path(__file__).parent / "test_more_pipelines.py").read_text()
+    assert here <= named
+    assert all(f"def {name}(" in elsewhere for name in named - here)

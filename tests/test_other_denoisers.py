@@ -1,0 +1,142 @@
+"""Every denoiser class in the installed diffusers: rewritten as by hand or kept with a reason; none crashes.
+
+A class that is neither in the zoo nor excused here fails the first test: a new release of diffusers shows its new ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import diffusers
+import pytest
+from diffusers import ModelMixin
+from diffusers.models import controlnets, transformers, unets
+
+import bigain_fx as bgx
+from bigain_fx.passes.errors import CaptureError
+from tests import by_hand, zoo_dits, zoo_named, zoo_unets
+from tests.zoo import Case
+from tests.zoo_checks import BOTH, DENSE_TOLERANCE, TOLERANCE, load, one_thread, optimize, relative, tensors
+from tests.zoo_more import CAUSES, MORE, UNCAPTURED
+
+EXCUSED: Mapping[str, str] = {
+    "ControlNetXSAdapter": "has no forward of its own: UNetControlNetXSModel runs it",
+    "CosmosControlNetModel": "its forward needs torchvision",
+    "LTX2VideoDiffusionDecoderModel": "a decoder that draws its own noise and takes its own steps",
+    "LongCatAudioDiTVae": "an autoencoder",
+    "Lumina2Transformer2DModel": "in test_architectures",
+    "MiniMaxMusic3RVQDepthDecoder": "predicts codes of audio one after the other; it does not denoise",
+    "MotionAdapter": "has no forward: weights for UNetMotionModel",
+    "MultiControlNetUnionModel": "calls ControlNetUnionModel, as MultiControlNetModel calls ControlNetModel",
+    "RFD4ProteinaTransformer": "denoises proteins, from a dictionary of thirty features",
+    "UniDiffuserTextDecoder": "writes text",
+}
+"""Class -> why it is not in the zoo."""
+
+WORDS = ("Transformer", "UNet", "UVit", "DiT", "ControlNet", "Prior", "Diffuser", "Diffusion")
+"""What the name of a denoiser that lives elsewhere would hold."""
+
+
+def discovered() -> set[str]:
+    """Names of the classes in diffusers that may be denoisers, its transformers, U-Nets and ControlNets first."""
+    found: list[Any] = []
+    for package in (transformers, unets, controlnets):
+        for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            inside = vars(importlib.import_module(info.name)).values()
+            found += [value for value in inside if getattr(value, "__module__", "") == info.name]
+    exported = [name for name in dir(diffusers) if any(word in name for word in WORDS) and "Pipeline" not in name]
+    found += [getattr(diffusers, name) for name in exported]
+    return {value.__name__ for value in found if isinstance(value, type) and issubclass(value, ModelMixin)}
+
+
+def test_every_class_is_in_the_zoo_or_excused() -> None:
+    named = {name for module in (zoo_named, zoo_dits, zoo_unets) for name in vars(module)}
+    more = {case.name.split("-")[0] for case in (*MORE, *UNCAPTURED)}
+    found = discovered()
+    assert not found - named - more - EXCUSED.keys(), "neither in the zoo nor excused"
+    assert not (more | EXCUSED.keys()) - found, "in no diffusers module"
+    assert not EXCUSED.keys() & (named | more), "excused, yet in the zoo"
+    assert CAUSES.keys() == {case.name for case in UNCAPTURED}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+FAULTS: Mapping[str, str] = {
+    "HiDreamImageTransformer2DModel": "a slice whose end is a node: TypeError",
+    "HiDreamImageTransformer2DModel-padded": "a slice whose end is a node: TypeError",
+    "JoyImageEditTransformer3DModel": "merges the residual: what conv3d makes counts as a position",
+    "Krea2Transformer2DModel": "GridError: the grid is that of the image rows in x, after the text",
+    "PRXTransformer2DModel": "no grid, although it was given: the queries are the image's alone",
+    "MultiControlNetModel": "return_dict=False is not passed on, and its default never worked",
+    "FluxMultiControlNetModel": "return_dict=False is not passed on, and its default never worked",
+    "UNet3DConditionModel": "attention within a frame is taken for attention over frames",
+    "I2VGenXLUNet": "attention within a frame is taken for attention over frames",
+    "UNetSpatioTemporalConditionModel": "attention within a frame is taken for attention over frames",
+    "NucleusMoEImageTransformer2DModel-experts": "sizes that depend on data crash the count of FLOPs",
+    "MochiTransformer3DModel": "sizes that depend on data crash the report",
+    "Kandinsky6SRTransformer3DModel": "the graph holds functorch calls, and cannot run",
+    "AnyFlowFARTransformer3DModel": "the graph holds functorch calls, and cannot run",
+}
+"""Case -> what is still wrong in ours."""
+
+SLOW = frozenset({
+    "HiDreamImageTransformer2DModel-padded", "NucleusMoEImageTransformer2DModel-experts", "FluxMultiControlNetModel",
+    "HunyuanDiT2DMultiControlNetModel", "SD3MultiControlNetModel", "UNetControlNetXSModel", "I2VGenXLUNet",
+    "UNetSpatioTemporalConditionModel", "SanaWMTransformer3DModel",
+})  # fmt: skip
+"""Cases that take seconds and show little that another one does not."""
+
+
+def named(cases: tuple[Case, ...]) -> Any:
+    return pytest.mark.parametrize("case", [parameter(case) for case in cases])
+
+
+def parameter(case: Case) -> Any:
+    marks = [pytest.mark.slow] if case.name in SLOW else []
+    if case.name in FAULTS:
+        marks.append(pytest.mark.xfail(strict=True, reason=FAULTS[case.name]))
+    return pytest.param(case, id=case.name, marks=marks)
+
+
+@named(MORE)
+def test_rewritten_as_by_hand_or_kept(case: Case) -> None:
+    loaded = load(case)
+    dense = optimize(case, ())
+    assert relative(tensors(dense(**loaded.inputs)), loaded.output) <= DENSE_TOLERANCE
+
+    fast = optimize(case, BOTH.method)
+    found = {site.name: (site.action, site.grid) for site in fast.report.rewritten}
+    assert found == {site.name: (BOTH.action, site.grid) for site in case.sites}, fast.report
+    check_reasons(case, fast.report)
+    result = tensors(fast(**loaded.inputs))
+    if not case.sites:
+        assert relative(result, loaded.output) <= DENSE_TOLERANCE
+        return
+    expected = tensors(by_hand.run(loaded.model, loaded.inputs, case.sites, **BOTH.by_hand))
+    assert relative(expected, loaded.output) > 100 * TOLERANCE, "the case would not notice a dense model"
+    assert relative(result, expected) <= TOLERANCE
+
+
+def check_reasons(case: Case, report: bgx.Report) -> None:
+    """What is kept has a reason: the one that ``case`` expects, if it expects one."""
+    kept = {site.name: site.reason for site in report.sites if site.action == "kept"}
+    assert all(kept.values()), report
+    for pattern, reason in case.kept.items():
+        matching = [found for name, found in kept.items() if fnmatchcase(name, pattern)]
+        assert matching, f"no attention {pattern} in {report}"
+        assert all(reason in found for found in matching), f"{pattern}: {matching}"
+
+
+@named(UNCAPTURED)
+def test_what_cannot_be_captured_says_why(case: Case) -> None:
+    assert load(case).output
+    with pytest.raises(CaptureError, match=CAUSES[case.name]):
+        optimize(case, BOTH.method)

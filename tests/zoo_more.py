@@ -1,0 +1,31 @@
+"""Every denoiser class in diffusers that the issue does not name, tiny and random.
+
+`MORE` holds those that `torch.export` captures, `UNCAPTURED` those that it cannot, each with a part of the error.
+"""
+
+from __future__ import annotations
+
+from tests.zoo import Case
+from tests.zoo_more_audio import AUDIO
+from tests.zoo_more_control import CONTROLS
+from tests.zoo_more_joint import JOINT
+from tests.zoo_more_unets import UNETS
+from tests.zoo_more_video import VIDEO
+
+CAUSES = {
+    "HiDreamImageTransformer2DModel-experts": "numpy",
+    "NucleusMoEImageTransformer2DModel-experts": "data-dependent",
+    "OmniGenTransformer2DModel": "data-dependent",
+    "QwenImage21Transformer2DModel": "data-dependent",
+    "AnyFlowFARTransformer3DModel": "",
+    "HunyuanVideo15Transformer3DModel": "data-dependent",
+    "HunyuanVideoFramepackTransformer3DModel": "data-dependent",
+    "Kandinsky6SRTransformer3DModel": "",
+    "MochiTransformer3DModel": "data-dependent",
+    "WanAnimate2Transformer3DModel": "Unsupported input type",
+}
+"""Name of a case -> a part of the error that says why there is no graph of it."""
+
+EVERY: tuple[Case, ...] = (*JOINT, *UNETS, *CONTROLS, *VIDEO, *AUDIO)
+MORE: tuple[Case, ...] = tuple(case for case in EVERY if case.name not in CAUSES)
+UNCAPTURED: tuple[Case, ...] = tuple(case for case in EVERY if case.name in CAUSES)

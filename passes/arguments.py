@@ -1,7 +1,8 @@
-"""What the arguments of a node say: which dimension it cuts, where, into which parts; its mask."""
+"""What kind of op a node is, and what its arguments say: which dimension it cuts, where; its mask."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,36 @@ from bigain_fx.passes.axes import aten, shape_of
 SDPA = aten.scaled_dot_product_attention.default
 SPLITS = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
 CONCATENATIONS = frozenset({aten.cat.default, aten.concat.default})
+CASTS = frozenset({
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
+    aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
+})  # fmt: skip
+VIEWS = frozenset({
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+})  # fmt: skip
+PERMUTATIONS = frozenset({aten.permute.default, aten.transpose.int})
+POINTWISE = frozenset({
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.mul.Scalar,
+    aten.div.Scalar, aten.neg.default, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.sqrt.default, aten.exp.default,
+    aten.tanh.default, aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.relu.default,
+    aten.clamp.default, aten.clamp_min.default, aten.where.self, aten.masked_fill.Scalar, aten.square.default,
+    aten.rsub.Scalar, aten.reciprocal.default, aten.abs.default, aten.softplus.default, aten.leaky_relu.default,
+})  # fmt: skip
+NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})
+_COPIES = frozenset({aten.clone.default, aten._to_copy.default})
+ALIASES = (CASTS | VIEWS | PERMUTATIONS | SPLITS | {aten.slice.Tensor, aten.select.int, aten.unflatten.int}) - _COPIES
+"""What may show the same memory."""
+
+
+def aliases(node: Node) -> set[Node]:
+    """``node`` and all that may show its memory."""
+    pending, found = [node], {node}
+    while pending:
+        new = [user for user in pending.pop().users if (user.target in ALIASES or user.target is operator.getitem)]
+        pending.extend(user for user in new if user not in found)
+        found.update(new)
+    return found
 
 
 def mask_of(sdpa: Node) -> Node | None:

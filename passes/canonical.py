@@ -15,9 +15,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from bigain_fx.passes.arguments import SPLITS, cut_dim, slice_range
+from bigain_fx.passes.arguments import ALIASES, aliases, cut_dim, slice_range
 from bigain_fx.passes.axes import aten, shape_of
-from bigain_fx.passes.rules import CASTS, PERMUTATIONS, VIEWS
 from bigain_fx.passes.surgery import Surgeon
 
 
@@ -40,8 +39,6 @@ _PLAIN: Mapping[Any, tuple[Any, Callable[[Node], tuple[Any, ...]]]] = {
     aten.expand_as.default: (aten.expand.default, _sizes), aten.view_as.default: (aten.view.default, _sizes),
     aten.reshape_as.default: (aten.reshape.default, _sizes), aten.narrow.default: (aten.slice.Tensor, _bounds),
 }  # fmt: skip
-_COPIES = frozenset({aten.clone.default, aten._to_copy.default})
-_ALIASES = (CASTS | VIEWS | PERMUTATIONS | SPLITS | {aten.slice.Tensor, aten.select.int, aten.unflatten.int}) - _COPIES
 
 
 def canonicalize(surgeon: Surgeon) -> None:
@@ -63,17 +60,12 @@ def _is_alone(part: Node, copy: Node) -> bool:
     """Whether what ``copy`` changed is read, after it, through the tensor that ``part`` is cut from alone."""
     whole: Any = part.args[0]
     root = whole
-    while root.target in _ALIASES:
+    while root.target in ALIASES:
         root = root.args[0]
     if root.op != "call_function":
         return False
-    pending, aliases = [root], {root}
-    while pending:
-        for user in pending.pop().users:
-            if user.target in _ALIASES and user < copy and user not in aliases:
-                aliases.add(user)
-                pending.append(user)
-    readers = [user for alias in aliases - {whole} for user in alias.users]
+    seen = {alias for alias in aliases(root) if alias < copy}
+    readers = [user for alias in seen - {whole} for user in alias.users]
     return all(user < copy or user is copy for user in readers) and slice_range(part)[2] == 1
 
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from torch.fx import Graph, Node
 
-from bigain_fx.passes.arguments import CONCATENATIONS, SDPA
+from bigain_fx.passes.arguments import CONCATENATIONS, POINTWISE, SDPA
 from bigain_fx.passes.axes import Layout, Refusal, aten, descendants, named, names, parts, shape_of
 from bigain_fx.passes.errors import GridError
-from bigain_fx.passes.rules import POINTWISE, propagate
+from bigain_fx.passes.rules import propagate
 
 FRAMES, ROWS, COLUMNS = "frames", "rows", "columns"
 Grid = tuple[int, int]

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from bigain_fx.passes.arguments import inactive_dropout
+from bigain_fx.passes.arguments import CASTS, NORMS, PERMUTATIONS, VIEWS, inactive_dropout
 from bigain_fx.passes.axes import aten, shape_of
-from bigain_fx.passes.rules import CASTS, NORMS, PERMUTATIONS, VIEWS
 
 _AFFINE = frozenset({aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.mul.Scalar})
 

@@ -9,10 +9,10 @@ from heapq import heappop, heappush
 import torch
 from torch.fx import Graph, Node
 
-from bigain_fx.passes.arguments import SDPA
+from bigain_fx.passes.arguments import NORMS, SDPA
 from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, descendants, names, parts
 from bigain_fx.passes.grid import CONVOLUTIONS, sample_inputs
-from bigain_fx.passes.rules import NORMS, from_elsewhere, lined_up, propagate
+from bigain_fx.passes.rules import from_elsewhere, lined_up, propagate
 
 _LAYERS = NORMS | CONVOLUTIONS | {aten.linear.default, aten.embedding.default, aten.conv1d.default, SDPA}
 _ADDS = frozenset({aten.add.Tensor, aten.add_.Tensor})

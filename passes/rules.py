@@ -10,9 +10,13 @@ from torch.fx import Node
 
 from bigain_fx.passes import ops as _ops  # noqa: F401  (registers torch.ops.bigain)
 from bigain_fx.passes.arguments import (
+    CASTS,
     CONCATENATIONS,
+    PERMUTATIONS,
+    POINTWISE,
     SDPA,
     SPLITS,
+    VIEWS,
     cut_dim,
     inactive_dropout,
     item_range,
@@ -261,23 +265,6 @@ def _dropout(node: Node, layouts: Layouts) -> Layout | Refusal:
     return _pointwise(node, layouts) if inactive_dropout(node) else Refusal("dropout is active", node.name)
 
 
-CASTS = frozenset({
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
-    aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default,
-})  # fmt: skip
-VIEWS = frozenset({
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
-    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-})  # fmt: skip
-PERMUTATIONS = frozenset({aten.permute.default, aten.transpose.int})
-NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})
-POINTWISE = frozenset({
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.mul.Scalar,
-    aten.div.Scalar, aten.neg.default, aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.sqrt.default, aten.exp.default,
-    aten.tanh.default, aten.sigmoid.default, aten.silu.default, aten.gelu.default, aten.relu.default,
-    aten.clamp.default, aten.clamp_min.default, aten.where.self, aten.masked_fill.Scalar, aten.square.default,
-    aten.rsub.Scalar, aten.reciprocal.default, aten.abs.default, aten.softplus.default, aten.leaky_relu.default,
-})  # fmt: skip
 LAST = _over_channels(lambda node, layout: len(layout) - 1)
 NORMALIZED = _over_channels(lambda node, layout: len(layout) - len(node.args[1]))  # type: ignore[arg-type]
 

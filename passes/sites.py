@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
 
-from bigain_fx.passes.arguments import SDPA, channel_parts, mask_of
+from bigain_fx.passes.arguments import SDPA, aliases, channel_parts, mask_of
 from bigain_fx.passes.axes import (
     BATCH,
     TOKENS,
@@ -184,7 +184,7 @@ def _match(sdpa: Node, place: _Place, around: Surroundings) -> AttentionSite | R
         if outside:
             return Refusal(f"{node.name} is also read outside the attention, by {outside[0].name}", node.name)
     for node in (x, *(metric.source for metric in (place.direct, place.above) if metric)):
-        if changed := next((user for user in node.users if _mutates(user)), None):
+        if changed := next((user for alias in aliases(node) for user in alias.users if _mutates(user)), None):
             return Refusal(f"{node.name} is changed in place by {changed.name}", node.name)
     return AttentionSite(
         module_name(sdpa), sdpa, x, before, after, place.grid, place.direct, place.above, paths, output, (),

@@ -54,9 +54,9 @@ OPTIONS: dict[str, dict[str, str]] = {
     "odd": {"none": MUST, "x_cast": MUST, "inplace_residual": MAY, "inplace_x": MAY, "inplace_x_view": MAY,
             "inplace_h": MAY, "inplace_h_view": MAY, "inplace_above": MAY, "inplace_q": MAY, "inplace_o": MAY,
             "inplace_out": MAY, "inplace_row": MAY, "positions": MUST, "conv_v": MAY, "lepe": MAY, "flip": MAY,
-            "transposed": MAY, "flip_kv": MAY, "keys_other_way": MAY, "misaligned": NEVER, "flip_k": NEVER, "roll_q": NEVER,
-            "roll": NEVER, "windows": NEVER, "windows_rows": NEVER, "across_batch": NEVER, "joined_batch": NEVER,
-            "drop": NEVER, "append": MAY},
+            "transposed": MAY, "flip_kv": MAY, "keys_other_way": MAY, "misaligned": NEVER, "flip_k": NEVER,
+            "roll_q": NEVER, "roll": NEVER, "windows": NEVER, "windows_rows": NEVER, "across_batch": NEVER,
+            "joined_batch": NEVER, "drop": NEVER, "append": MAY},
 }  # fmt: skip
 NAMES = {"refiner": NEVER, "cross": NEVER, "attn2": MUST}  # among text tokens, from image to text, beside the first
 # An attention after one of the former, up to one of the latter, may be refused: its grid is lost.

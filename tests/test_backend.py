@@ -22,7 +22,7 @@ from bigain_fx.backend import bigain
 from tests import toys
 from tests.test_optimize import SAMPLE, TEXT, dit, first, unet
 
-MERGE, SCHEDULE = bgx.LaplacianMerge(0.5), bgx.KVDownsample(2, bgx.LinearAlpha())
+MERGE, SCHEDULE = bgx.LaplacianMerge(0.5), bgx.KVDownsample(2, bgx.LinearAlpha(t_noisy=999, t_clean=0))
 STEP, IMAGE = torch.tensor(700.0), toys.image()
 DIT = {"hidden_states": torch.randn(2, 4, 16, 16), "timestep": torch.tensor([3, 800]),
        "class_labels": torch.tensor([1, 2])}  # fmt: skip

@@ -70,20 +70,9 @@ def _one_thread() -> Iterator[None]:
 
 
 FAULTS: Mapping[str, str] = {
-    "HiDreamImageTransformer2DModel": "a slice whose end is a node: TypeError",
-    "HiDreamImageTransformer2DModel-padded": "a slice whose end is a node: TypeError",
-    "JoyImageEditTransformer3DModel": "merges the residual: what conv3d makes counts as a position",
-    "Krea2Transformer2DModel": "GridError: the grid is that of the image rows in x, after the text",
-    "PRXTransformer2DModel": "no grid, although it was given: the queries are the image's alone",
+    "Krea2Transformer2DModel": "a grid that is given is not that of the image rows in x, after the text",
     "MultiControlNetModel": "return_dict=False is not passed on, and its default never worked",
     "FluxMultiControlNetModel": "return_dict=False is not passed on, and its default never worked",
-    "UNet3DConditionModel": "attention within a frame is taken for attention over frames",
-    "I2VGenXLUNet": "attention within a frame is taken for attention over frames",
-    "UNetSpatioTemporalConditionModel": "attention within a frame is taken for attention over frames",
-    "NucleusMoEImageTransformer2DModel-experts": "sizes that depend on data crash the count of FLOPs",
-    "MochiTransformer3DModel": "sizes that depend on data crash the report",
-    "Kandinsky6SRTransformer3DModel": "the graph holds functorch calls, and cannot run",
-    "AnyFlowFARTransformer3DModel": "the graph holds functorch calls, and cannot run",
 }
 """Case -> what is still wrong in ours."""
 

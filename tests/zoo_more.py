@@ -13,15 +13,17 @@ from tests.zoo_more_unets import UNETS
 from tests.zoo_more_video import VIDEO
 
 CAUSES = {
+    "HiDreamImageTransformer2DModel": "depends on the values",
+    "HiDreamImageTransformer2DModel-padded": "depends on the values",
     "HiDreamImageTransformer2DModel-experts": "numpy",
-    "NucleusMoEImageTransformer2DModel-experts": "data-dependent",
+    "NucleusMoEImageTransformer2DModel-experts": "depends on the values",
     "OmniGenTransformer2DModel": "data-dependent",
     "QwenImage21Transformer2DModel": "data-dependent",
-    "AnyFlowFARTransformer3DModel": "",
+    "AnyFlowFARTransformer3DModel": "left a call",
     "HunyuanVideo15Transformer3DModel": "data-dependent",
     "HunyuanVideoFramepackTransformer3DModel": "data-dependent",
-    "Kandinsky6SRTransformer3DModel": "",
-    "MochiTransformer3DModel": "data-dependent",
+    "Kandinsky6SRTransformer3DModel": "left a call",
+    "MochiTransformer3DModel": "depends on the values",
     "WanAnimate2Transformer3DModel": "Unsupported input type",
 }
 """Name of a case -> a part of the error that says why there is no graph of it."""

@@ -110,6 +110,16 @@ def hidream(rows: int = 6, columns: int = 6) -> dict[str, Any]:
     }
 
 
+def hidream_packed() -> dict[str, Any]:
+    """Patches, with the sizes of their images as numbers: the model does not work them out in a tensor."""
+    return hidream() | {
+        "hidden_states": noise(2, TOKENS, 16),
+        "hidden_states_masks": torch.ones(2, TOKENS),
+        "img_ids": image_ids().expand(2, -1, -1).contiguous(),
+        "img_sizes": [GRID, GRID],
+    }
+
+
 def hunyuan_image() -> dict[str, Any]:
     return {
         "hidden_states": noise(2, 4, *GRID),
@@ -253,10 +263,11 @@ JOINT: tuple[Case, ...] = (
         },
         glm, sites=(site("transformer_blocks.0.attn1", GRID, offset=TEXT, x_offset=TEXT),),
     ),
+    case("HiDreamImageTransformer2DModel", HIDREAM, hidream),
     case(
-        "HiDreamImageTransformer2DModel", HIDREAM, hidream,
+        "HiDreamImageTransformer2DModel-packed", HIDREAM, hidream_packed,
         sites=(
-            site("double_stream_blocks.0.block.attn1", (6, 6)), site("single_stream_blocks.0.block.attn1", (6, 6)),
+            site("double_stream_blocks.0.block.attn1", GRID), site("single_stream_blocks.0.block.attn1", GRID),
         ),
     ),
     case("HiDreamImageTransformer2DModel-padded", HIDREAM, lambda: hidream(*GRID)),

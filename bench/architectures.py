@@ -117,31 +117,38 @@ bigain-fx reads the graph of a denoiser, finds every self-attention among image 
 rewrite it keeps as it was, and says why. The table gives, for stock diffusers models at their published size, how many
 attentions that is, and how many times fewer floating-point operations are left.
 
-| denoiser | on an image grid | rewritten, `levels=1` / `None` | merge {RATIO} | merge {RATIO}, block | KV, {FACTOR} |
-| --- | --- | --- | ---: | ---: | ---: |
+| denoiser | attentions | on an image grid | rewritten | merge {RATIO} | in block scope | KV by {FACTOR} |
+| --- | ---: | --- | --- | ---: | ---: | ---: |
 """
 
 LEGEND = f"""
-- *On an image grid*: self-attentions whose tokens are the cells of one image, rows x columns; of all attentions.
-- *Rewritten*: by merging, on the finest grid alone (`levels=1`, the default and the paper's setting), and on all.
-- *Merge, block, KV*: `LaplacianMerge({RATIO})`, the same with `scope="block"`, and `KVDownsample({FACTOR})`, all with
-  `levels=None`. Each is a ceiling: FLOPs of the dense model over those of the rewritten one, had the tokens been chosen
-  for nothing. In brackets is the ratio with the similarities that choosing them takes. Downsampling chooses nothing.
+- *On an image grid*: self-attentions whose tokens are the rows x columns of one image.
+- *Rewritten*: with `levels=1`, on the finest grid alone, the default and the paper's setting / with `levels=None`.
+- *Merge, block scope, KV*: `LaplacianMerge({RATIO})`, the same with `scope="block"`, and `KVDownsample({FACTOR})`, all
+  with `levels=None`. Each is a ceiling: FLOPs of the dense model over those of the rewritten one, had the tokens been
+  chosen for nothing. In brackets is the ratio with the similarities that choosing takes; downsampling chooses nothing.
+- Text beside the image is never merged: the longer it is, the lower the ceiling. Block scope carries linear layers;
+  the convolutions of U-Nets stay as they are.
 - Time follows FLOPs only where matrix products fill the device; [the benchmarks](../bench/README.md) measure time.
 """
 
 KEPT = """
 ## What is kept, and why
 
-Cross-attention has no tokens of the image to spare among its keys, and its queries belong to another attention's plan:
-block scope carries it along instead. The rest is listed by what the report says, with every grid allowed.
+What the reports say, with every grid allowed, how often, and where.
 
 """
 
-VIDEO = """
-Video is refused where a self-attention sees several frames at once: neighbours of a token are then also those in the
-frames before and after, which neither the score nor the cells of [the operators](operators.md) know. Where a model
-attends within each frame and over time in turns, as Latte does, the frames are images, and are merged one by one.
+WHY = """
+- *Cross-attention*: its keys are text, which is left alone. In block scope its queries are merged tokens all the same.
+- *Video*: where a self-attention sees several frames at once, the neighbours of a token are also those in the frames
+  before and after, which neither the score nor the cells of [the operators](operators.md) know. It is refused. Where
+  a model attends within frames and over time in turns, as Latte does, each frame is an image, and is merged as one.
+  LTX-Video takes its frames as one line of tokens: `grid=` is for one image, and does not fit either.
+- *Linear attention* costs as much for each token as the linear layers around it, and has no keys to downsample.
+- *No graph*: Lumina 2 reads lengths from the values of its mask. A graph has fixed shapes.
+- Attention that is spelled out (sliced attention, processors of old), that runs in a kernel of its own (some attention
+  backends), or that sees windows of the image is kept as well, and reported by its module's name like all others.
 """
 
 READING = """
@@ -159,8 +166,8 @@ Of SDXL, the headline and one line of each kind:
 - Tokens are those of the image; after the arrow, those that the attention works on, or for `kv` alone its keys.
 - GFLOPs are of the module, projections and the plan included, for the batch that it was captured with.
 - The reason says why an attention, or a part of the method, was left out. `level 2 of the grids` is a matter of
-  `levels=`; `pass grid=` is a matter of `grid=(rows, columns)`; all other reasons are in the section above.
-- The node after `at` is where the matcher stopped, for bug reports.
+  `levels=`; `pass grid=` asks for `grid=(rows, columns)`; the others are those above. The node after `at` is where the
+  matcher stopped.
 
 ## What was counted
 
@@ -177,52 +184,54 @@ bigain_fx.bench.architectures` makes this page.
 def to_markdown(found: dict[str, Any]) -> str:
     """The document."""
     rows: list[dict[str, Any]] = found["rows"]
-    captured = [row for row in rows if "error" not in row]
-    lines = [HEAD.rstrip("\n"), *map(_summary, rows), LEGEND, KEPT.strip("\n"), "", *_reasons(rows), VIDEO.rstrip("\n")]
-    (example,) = (row["report"] for row in captured if row["family"] == EXAMPLE)
-    lines += [READING.rstrip("\n").format(lines="\n".join(example), **found["versions"])]
-    for row in rows:
-        flops = f"{row['flops'] / 1e12:.2f}" if row in captured else "-"
-        lines.append(
-            f"| {row['family']} | `{row['model']}` | {row['size']} | {row['parameters'] / 1e6:,.0f} M | {flops} |"
-        )
-    return "\n".join(lines) + "\n"
+    (example,) = (row["report"] for row in rows if row["family"] == EXAMPLE)
+    reading = READING.format(lines="\n".join(example), **found["versions"])
+    counted = "".join(
+        f"| {row['family']} | `{row['model']}` | {row['size']} | {row['parameters'] / 1e6:,.0f} M "
+        f"| {row['flops'] / 1e12:.2f} |\n"
+        for row in rows if "error" not in row
+    )  # fmt: skip
+    return HEAD + "".join(map(_summary, rows)) + LEGEND + KEPT + _reasons(rows) + WHY + reading + counted
 
 
 def _summary(row: dict[str, Any]) -> str:
     if "error" in row:
-        return f"| {row['family']} | - | no graph | - | - | - |"
+        return f"| {row['family']} | no graph | - | - | - | - | - |\n"
     ceilings = row["ceilings"]
-    sites = ", ".join(f"{count} of {rows}x{columns}" for rows, columns, count in row["grids"]) or "none"
-    most = max(ceiling["rewritten"] for ceiling in ceilings.values())
     cells = [
-        row["family"], f"{sites}; {row['attentions']} in all", f"{row['rewritten_at_levels_1']} / {most}",
+        row["family"], str(row["attentions"]),
+        ", ".join(f"{count} of {rows}x{columns}" for rows, columns, count in row["grids"]) or "none",
+        f"{row['rewritten_at_levels_1']} / {max(ceiling['rewritten'] for ceiling in ceilings.values())}",
         *(_ratio(row["flops"], ceiling) for ceiling in ceilings.values()),
     ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cells)} |\n"
 
 
 def _ratio(dense: int, ceiling: dict[str, int]) -> str:
     if not ceiling["rewritten"]:
         return "-"
-    free = f"{dense / (ceiling['flops'] - ceiling['plan_flops']):.2f}"
-    return free + (f" ({dense / ceiling['flops']:.2f})" if ceiling["plan_flops"] else "")
+    free = f"{dense / (ceiling['flops'] - ceiling['plan_flops']):.2f}x"
+    return free + (f" ({dense / ceiling['flops']:.2f}x)" if ceiling["plan_flops"] else "")
 
 
-def _reasons(rows: list[dict[str, Any]]) -> list[str]:
-    """Every reason with the families that it is given in."""
+def _reasons(rows: list[dict[str, Any]]) -> str:
+    """Every reason, and the families that it is given in."""
     places: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         for group in row.get("kept", ()):
-            where = ", ".join(f"`{name}`" for name in group["where"])
-            alone = "" if len(group["methods"]) == len(CEILINGS) else f" by {' and '.join(group['methods'])}"
-            places[group["reason"]].append(f"{row['family']}: {group['attentions']}{alone}, {where}")
+            alone = "" if len(group["methods"]) == len(CEILINGS) else f"by {' and '.join(group['methods'])} alone, "
+            where = ", ".join(f"`{name}`" for name in _shorter(group["where"]))
+            places[group["reason"]].append(f"{row['family']} {group['attentions']} ({alone}{where})")
         if "error" in row:
-            places[row["error"]].append(f"{row['family']}: the whole model")
-    lines = []
-    for reason, families in places.items():
-        lines += [f"- **{reason}**", *(f"  - {family}" for family in families)]
-    return lines
+            places[row["error"]].append(f"{row['family']} (all of it)")
+    lines = [f"| {reason} | {', '.join(families)} |\n" for reason, families in places.items()]
+    return "| reason | attentions |\n| --- | --- |\n" + "".join(lines)
+
+
+def _shorter(names: list[str]) -> list[str]:
+    """``names``, those that end alike as one: ``"*.attn2"``."""
+    ends = Counter(name.rpartition(".")[2] for name in names)
+    return sorted({f"*.{end}" if ends[end := name.rpartition(".")[2]] > 1 else name for name in names})
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -106,10 +106,11 @@ def run(name: str, rounds: int, tell: Callable[[str], None]) -> list[Compiled]:
             tell(f"{name}, round {index + 1} of {rounds}, {method}: {times}")
     rows = []
     for method, found in runs.items():
-        medians = [statistics.median(column) for column in zip(*found, strict=True)]
+        captured, passed, called = (statistics.median(column) for column in zip(*found, strict=True))
         pairs = zip(found, runs[DENSE], strict=True)
         ratio = statistics.median((passes + first) / dense for (_, passes, first), (*_, dense) in pairs)
-        rows.append(Compiled(method, *counts[method], *medians, None if method == DENSE else ratio, found))
+        over = None if method == DENSE else ratio
+        rows.append(Compiled(method, *counts[method], captured, passed, called, over, found))
     return rows
 
 

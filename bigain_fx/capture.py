@@ -18,6 +18,7 @@ from bigain_fx.families import attention_backend
 from bigain_fx.passes.errors import CaptureError, InputError, first_line
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
+from bigain_fx.quantized import plain_weights, put_back
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class CallBinder:
             if parameter.kind is parameter.VAR_KEYWORD:
                 arguments.update(value)
             elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
-                raise InputError(f"{name}={value!r} can only be given by position; a denoiser's inputs need names")
+                kind = type(value).__name__
+                raise InputError(f"{name} (a {kind}) can only be given by position; a denoiser's inputs need names")
             elif not _is_default(value, parameter.default):
                 arguments[name] = value
         wants_class = True
@@ -200,12 +202,13 @@ def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
         CaptureError: ``torch.export`` cannot capture it (its error is chained), or forward writes into a plain tensor.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plain_weights(model) as quantized:
             program = torch.export.export(model, (), dict(arguments), strict=False)
             module = program.module(check_guards=False)
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {first_line(error)}") from error
     assert isinstance(module, GraphModule)
+    put_back(module, quantized)
     if written := _constant_written(module.graph, model):
         raise CaptureError(
             f"forward of {type(model).__name__} writes into a tensor that is no buffer ({written}), and a graph cannot "

@@ -24,10 +24,11 @@ from bigain_fx.capture import (
     renew,
     signature_of,
 )
-from bigain_fx.passes.errors import InputError
+from bigain_fx.passes.errors import GridError, InputError
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
 from bigain_fx.passes.pipeline import rewrite
+from bigain_fx.quantized import call_as_functions
 from bigain_fx.report import Report
 from bigain_fx.standin import StandIn
 from bigain_fx.watch import Change, Watch, hook_in
@@ -186,7 +187,14 @@ class OptimizedDenoiser(StandIn):
         check_inputs(self.original, arguments)
         captured = capture(self.original, arguments)
         self._watch = Watch(self.original)
-        rewritten = rewrite(captured.module, self.methods, grid)
+        try:
+            rewritten = rewrite(captured.module, self.methods, grid)
+        except GridError as error:
+            if self._settings.grid is not None:
+                raise
+            log.warning("%s: the grid that its inputs tell is not used: %s", self._name, error)
+            rewritten = rewrite(captured.module, self.methods, None)
+        call_as_functions(rewritten.module)
         report = Report.of(self._name, self.methods, rewritten)
         log.info("%s", report.headline)
         run: Callable[..., Any] = rewritten.module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -10,6 +11,8 @@ from torch import nn
 
 from bigain_fx.passes.errors import InputError
 
+log = logging.getLogger("bigain_fx")
+
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _UNSHARED = ("_hf_hook", "_old_forward")
 
@@ -17,8 +20,9 @@ _UNSHARED = ("_hf_hook", "_old_forward")
 class StandIn(nn.Module):
     """A module of another's weights and submodules, under the same names.
 
-    Its class, for whoever asks ``isinstance`` or writes it down, is the original's. What it lacks is read from the
-    original, and what only the original has is set there. It stays in eval mode.
+    Its class, for whoever asks ``isinstance`` or writes it down, is the original's: diffusers finds LoRA adapters, and
+    the names for ``model_index.json``, by it. What it lacks is read from the original, and what only the original has
+    is set there. It stays in eval mode.
 
     Attributes:
         original: whose place it takes.
@@ -43,6 +47,10 @@ class StandIn(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         original = vars(self).get("original")
+        if original is not None and name == "forward" and "_hf_hook" not in vars(self):
+            log.warning(
+                "%s: forward is replaced from outside; what it does not call is not used", type(original).__name__
+            )
         ours = name in vars(self) or name in _UNSHARED or hasattr(type(self), name)
         if original is None or ours or not hasattr(original, name):
             super().__setattr__(name, value)

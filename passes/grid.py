@@ -51,11 +51,15 @@ def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
 
 
 def sample_inputs(graph: Graph) -> Sequence[Node]:
-    """The noisy sample: the first feature map among the inputs, with all others of its list; else the first tokens."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder" and len(shape_of(node)) > 2]
-    maps = [node for node in inputs if len(shape_of(node)) > 3]
-    argument = maps[0].meta.get("argument") if maps else None
-    return [node for node in maps if argument and node.meta.get("argument") == argument] or (maps or inputs)[:1]
+    """The noisy sample: the model's first argument that is more than one number a sample.
+
+    Where the order of arguments is not known (a graph of Dynamo's), it is the first feature map.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and len(shape_of(node)) > 1]
+    argument = inputs[0].meta.get("argument") if inputs else None
+    if argument is not None:
+        return [node for node in inputs if node.meta.get("argument") == argument]
+    return ([node for node in inputs if len(shape_of(node)) > 3] or [n for n in inputs if len(shape_of(n)) > 2])[:1]
 
 
 def packed_input(graph: Graph, hint: Grid | None) -> Node | None:

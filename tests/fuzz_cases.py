@@ -59,8 +59,9 @@ OPTIONS: dict[str, dict[str, str]] = {
             "joined_batch": NEVER, "drop": NEVER, "append": MAY},
 }  # fmt: skip
 NAMES = {"refiner": NEVER, "cross": NEVER, "attn2": MUST}  # among text tokens, from image to text, beside the first
+LOCAL = ("windows", "windows_rows", "across_batch", "joined_batch", "drop", "append")
 # An attention after one of the former, up to one of the latter, may be refused: its grid is lost.
-GRID_LOST, GRID_FOUND = {"down_pool", "pad", "reference", "inplace_residual", "windows"}, {"conv", "down_conv"}
+GRID_LOST, GRID_FOUND = {"down_pool", "pad", "reference", "inplace_residual", *LOCAL}, {"conv", "down_conv"}
 COMMON = {
     "norm": 0.7, "projection": 0.6, "qk_norm": 0.5, "layout": 0.6, "modulation": 0.4, "bias": 0.3, "order": 0.5,
     "table": 0.8, "rotary_at": 0.7, "pooled": 0.5, "norm_cast": 0.3, "mlp": 0.5, "rotary": 0.35, "mask": 0.2,
@@ -68,7 +69,6 @@ COMMON = {
 }  # fmt: skip
 """How often a choice is not the plain one; choices that are not here follow the model's own spice."""
 RARE = {"unit", "tied_qk", "tied_kv", "head_major", "causal"}
-LOCAL = ("windows", "windows_rows", "across_batch", "joined_batch", "drop", "append")
 GRIDS: list[Pair] = [(4, 4), (6, 4), (4, 6), (8, 6), (5, 7), (7, 4), (3, 6), (2, 8), (8, 8), (5, 5), (10, 4)]
 
 

@@ -70,7 +70,6 @@ def _one_thread() -> Iterator[None]:
 
 
 FAULTS: Mapping[str, str] = {
-    "Krea2Transformer2DModel": "a grid that is given is not that of the image rows in x, after the text",
     "MultiControlNetModel": "return_dict=False is not passed on, and its default never worked",
     "FluxMultiControlNetModel": "return_dict=False is not passed on, and its default never worked",
 }

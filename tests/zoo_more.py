@@ -13,6 +13,7 @@ from tests.zoo_more_unets import UNETS
 from tests.zoo_more_video import VIDEO
 
 CAUSES = {
+    "GlmImageTransformer2DModel": "depends on the values",
     "HiDreamImageTransformer2DModel": "depends on the values",
     "HiDreamImageTransformer2DModel-padded": "depends on the values",
     "HiDreamImageTransformer2DModel-experts": "numpy",

@@ -311,7 +311,7 @@ VIDEO: tuple[Case, ...] = (
             "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 8, "face_encoder_hidden_dim": 8,
             "face_encoder_num_heads": 2, "inject_face_latents_blocks": 1,
         },
-        wan_animate, kept=FRAMEWISE,
+        wan_animate,
     ),
     case("AnyFlowFARTransformer3DModel", WAN | {"chunk_partition": [1, 1]}, far),
     case(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,22 +103,44 @@ class ChannelParts:
     carriers: tuple[Node, ...]
 
 
-_WHOLE = ChannelParts({}, ())
+def channel_parts(linear: Node, wanted: Set[Node] | None = None) -> ChannelParts:
+    """The parts of ``linear``, none if it is no linear layer or something reads all of it.
 
-
-def channel_parts(linear: Node) -> ChannelParts:
-    """The parts of ``linear``, none if it is no linear layer or something reads all of it."""
-    if linear.target is not aten.linear.default:
-        return _WHOLE
-    last = len(shape_of(linear)) - 1
+    Args:
+        linear: the layer; its parts may be cut again.
+        wanted: cut no further than to tell these nodes from others; None cuts as far as the graph does.
+    """
     ranges: dict[Node, tuple[int, int]] = {}
-    carriers = [linear]
-    for user in linear.users:
-        if user.target in SPLITS and cut_dim(user) == last:
-            carriers.append(user)
-            ranges |= {item: item_range(item) for item in user.users}
-        elif user.target is aten.slice.Tensor and cut_dim(user) == last and slice_range(user)[2] == 1:
-            ranges[user] = slice_range(user)[:2]
-        else:
-            return _WHOLE
+    carriers: list[Node] = []
+
+    def cut_up(node: Node, first: int) -> bool:
+        parts, splits = _cuts(node)
+        if not parts:
+            return False
+        carriers.extend([node, *splits])
+        for part, (start, stop) in parts.items():
+            inner = _cuts(part)[0].keys()
+            further = wanted is None or (part in wanted and not inner <= wanted)
+            if not (further and cut_up(part, first + start)):
+                ranges[part] = (first + start, first + stop)
+        return True
+
+    if linear.target is aten.linear.default:
+        cut_up(linear, 0)
     return ChannelParts(ranges, tuple(carriers))
+
+
+def _cuts(node: Node) -> tuple[dict[Node, tuple[int, int]], list[Node]]:
+    """The ranges of channels that ``node`` is cut into, and the splits between; nothing if it is read otherwise."""
+    last = len(shape_of(node)) - 1
+    parts: dict[Node, tuple[int, int]] = {}
+    splits: list[Node] = []
+    for user in node.users:
+        if user.target in SPLITS and cut_dim(user) == last:
+            splits.append(user)
+            parts |= {item: item_range(item) for item in user.users}
+        elif user.target is aten.slice.Tensor and cut_dim(user) == last and slice_range(user)[2] == 1:
+            parts[user] = slice_range(user)[:2]
+        else:
+            return {}, []
+    return parts, splits

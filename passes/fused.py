@@ -19,7 +19,7 @@ def separated(surgeon: Surgeon, site: AttentionSite, replayed: Set[Node]) -> Att
     """``site`` with a layer of its own for each part of a shared projection of which only some are ``replayed``."""
     layouts, paths = dict(site.layouts), dict(site.paths)
     for linear in sorted({node for path in paths.values() for node in path}):
-        parts = channel_parts(linear)
+        parts = channel_parts(linear, replayed)
         if not parts.ranges or parts.ranges.keys() <= replayed:
             continue
         made = _separate(surgeon, linear, parts)

@@ -381,7 +381,7 @@ def test_what_cannot_be_exported(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kwargs": None, "example_inputs": [{"sample": 1}]}, "inputs must be a tuple args and a mapping kwargs"),
+        ({"kwargs": None, "example_inputs": [1]}, "inputs must be a tuple args and a mapping kwargs"),
         ({"kwargs": None, "example_inputs": [(1, 2)]}, "inputs must be a tuple args and a mapping kwargs"),
         ({"path": "u.pb"}, r"path='.*u.pb' must end in .onnx"),
         ({"path": "no/u.onnx"}, "in a folder that is there"),

@@ -22,6 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from bigain_fx import families
 from bigain_fx.bench import BenchError
 from bigain_fx.capture import CallBinder, capture, flat_tensors
 from bigain_fx.passes.axes import shape_of
@@ -58,6 +59,7 @@ def bound_name(methods: Methods) -> str | None:
             part = f"kv:{method.factor}"
         else:
             part = f"merge:{method.ratio:g}" + (f":cell={method.cell[0]}x{method.cell[1]}" * (method.cell != (2, 2)))
+            part += f":{method.scope}" * (method.scope != "attention")
         parts.append(part + f":levels={method.levels or 'all'}" * (method.levels != 1))
     return "bound:" + "+".join(parts) if parts else None
 
@@ -70,7 +72,8 @@ def build(workload: Workload, methods: Methods, *, backend: str = "inductor", mo
     """
     arguments, _ = CallBinder(workload.model).bind(workload.args, workload.kwargs)
     captured = capture(workload.model, arguments)
-    rewritten = rewrite(captured.module, methods)
+    grid = families.grid_for(None, arguments, families.GridReader()(arguments)).grid
+    rewritten = rewrite(captured.module, families.resolve(methods, workload.model), grid)
     module = free(rewritten.module)
     run: Callable[..., Any] = module
     if backend != "eager":
@@ -97,12 +100,23 @@ def free(module: GraphModule) -> GraphModule:
             with module.graph.inserting_before(node):
                 node.replace_all_uses_with(replace(surgeon, node, *node.args))
             module.graph.erase_node(node)
+        elif node.target is bigain.merge_plan.default:
+            _fix_representatives(surgeon, node)
     surgeon.finish()
     for node in module.graph.nodes:
         if node.target is bigain.merge_plan.default:
             readers = ", ".join(sorted(str(user) for item in node.users for user in item.users))
             raise BenchError(f"the plan {node} is also read by {readers}: there is no free bound of this graph")
     return module
+
+
+def _fix_representatives(surgeon: Surgeon, plan: Node) -> None:
+    """Let rotary angles and masks take the first M tokens: the gather stays, what decided it goes."""
+    for item in [user for user in plan.users if user.args[1] == 1 and user.users]:
+        batch, groups = shape_of(item)
+        first = torch.arange(groups).expand(batch, groups).contiguous()
+        with surgeon.after(item):
+            item.replace_all_uses_with(surgeon.constant(f"bigain_first_{batch}x{groups}", first, like=item))
 
 
 def _slice(surgeon: Surgeon, node: Node, x: Node, assign: Node, groups: int) -> Node:

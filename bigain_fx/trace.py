@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from bigain_fx.export.interface import Interface, describe
 from bigain_fx.families import GridHint
 from bigain_fx.passes.errors import CaptureError, InputError
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
-from bigain_fx.passes.methods import Methods, parse
+from bigain_fx.passes.methods import Method, Methods, parse
 from bigain_fx.report import Report
 
 Example = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -92,7 +92,14 @@ def cast(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 def _text(methods: Methods) -> str:
     """In the text grammar if that tells all of it, else as Python."""
     text = "+".join(map(str, methods)) or "dense"
-    return text if parse(text) == methods else ", ".join(map(repr, methods))
+    return text if parse(text) == methods else ", ".join(map(_as_python, methods))
+
+
+def _as_python(method: Method) -> str:
+    """A call that makes ``method``, without what is its default."""
+    given = [f"{item.name}={getattr(method, item.name)!r}" for item in fields(method)
+             if getattr(method, item.name) != item.default]  # fmt: skip
+    return f"{type(method).__name__}({', '.join(given)})"
 
 
 def examples_of(

@@ -26,7 +26,7 @@ from bigain_fx.passes.axes import (
     segment,
     shape_of,
 )
-from bigain_fx.passes.grid import Grid, grid_from_hint, image_layouts, placed, sample_inputs, why_unplaced
+from bigain_fx.passes.grid import Grid, grid_from_hint, image_layouts, packed_input, placed, sample_inputs, why_unplaced
 from bigain_fx.passes.metric import Metric, stream, without_casts
 from bigain_fx.passes.region import Region, check_company, features, grow, step
 
@@ -119,7 +119,8 @@ def find_sites(graph: Graph, hint: Grid | None = None) -> tuple[dict[Node, Atten
     attentions = [node for node in graph.nodes if node.target is SDPA]
     around = Surroundings(image_layouts(graph, hint), features(graph), descendants(sample_inputs(graph), graph), hint)
     places = {node: _place(node, around, None) for node in attentions}
-    if hint is not None and all(isinstance(place, Refusal) for place in places.values()):
+    lost = packed_input(graph, hint) is None and all(isinstance(place, Refusal) for place in places.values())
+    if hint is not None and lost:
         places = {node: _place(node, around, hint) for node in attentions}
     good = [place for place in places.values() if not isinstance(place, Refusal)]
     read = {node for place in good for node in (place.x, *(m.source for m in (place.direct, place.above) if m))}

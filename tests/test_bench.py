@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import bigain_fx as bgx
+from bigain_fx import families
 from bigain_fx.bench import BenchError, bound, result, timing
 from bigain_fx.bench.run import run
 from bigain_fx.capture import CallBinder, capture
@@ -77,7 +78,7 @@ def dit_workload() -> Workload:
 def rewritten(workload: Workload, methods: Methods) -> Rewritten:
     """The graph that ``optimize`` would run."""
     arguments, _ = CallBinder(workload.model).bind(workload.args, workload.kwargs)
-    return rewrite(capture(workload.model, arguments).module, methods)
+    return rewrite(capture(workload.model, arguments).module, families.resolve(methods, workload.model))
 
 
 def targets(module: GraphModule) -> Counter[Any]:

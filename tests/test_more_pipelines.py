@@ -203,7 +203,9 @@ def test_a_saved_pipeline_loads_as_the_original(tmp_path: Path) -> None:
 def test_a_pipeline_made_from_another_shares_the_optimized_module(how: str) -> None:
     pipe = optimized(BY_NAME["sd"], built(BY_NAME["sd"]), METHOD)
     if how == "from_pipe":
-        other = StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet)  # it drops what is of no class that it names
+        other = StableDiffusionImg2ImgPipeline.from_pipe(
+            pipe, unet=pipe.unet
+        )  # it drops what is of no class that it names
     else:
         other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     assert other.unet is pipe.unet

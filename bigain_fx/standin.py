@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 from torch import nn
 
 from bigain_fx.passes.errors import InputError
-
-log = logging.getLogger("bigain_fx")
 
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _UNSHARED = ("_hf_hook", "_old_forward")
@@ -47,10 +44,6 @@ class StandIn(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         original = vars(self).get("original")
-        if original is not None and name == "forward" and "_hf_hook" not in vars(self):
-            log.warning(
-                "%s: forward is replaced from outside; what it does not call is not used", type(original).__name__
-            )
         ours = name in vars(self) or name in _UNSHARED or hasattr(type(self), name)
         if original is None or ours or not hasattr(original, name):
             super().__setattr__(name, value)

@@ -68,7 +68,7 @@ COMMON = {
     "gate": 0.3,
 }  # fmt: skip
 """How often a choice is not the plain one; choices that are not here follow the model's own spice."""
-RARE = {"unit", "tied_qk", "tied_kv", "head_major", "causal"}
+RARE = {"unit", "tied_qk", "tied_kv", "head_major"}
 GRIDS: list[Pair] = [(4, 4), (6, 4), (4, 6), (8, 6), (5, 7), (7, 4), (3, 6), (2, 8), (8, 8), (5, 5), (10, 4)]
 
 

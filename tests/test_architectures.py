@@ -54,7 +54,9 @@ def test_dense(case: Case) -> None:
 
 
 @each(MATCHED)
-@pytest.mark.parametrize("applied", [MERGE, KV, BOTH], ids=lambda applied: applied.action)
+@pytest.mark.parametrize(
+    "applied", [MERGE, pytest.param(KV, marks=pytest.mark.slow), BOTH], ids=["merge", "kv", "both"]
+)
 def test_rewritten_as_by_hand(case: Case, applied: Applied) -> None:
     fast, loaded = optimize(case, applied.method), load(case)
     check_report(case, fast.report, applied.action)

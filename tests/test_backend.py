@@ -228,7 +228,7 @@ def test_modes(mode: Callable[[], Any], backend: str) -> None:
 
 @torch.no_grad()
 def test_a_grid_hint_and_functions_around_the_model(caplog: pytest.LogCaptureFixture) -> None:
-    model = toys.ClassToken().eval()
+    model = toys.Separate().eval()
 
     def step(image: Tensor) -> Tensor:
         return 2 * model.branch(image, image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def check(seeds: range) -> list[fuzz.Outcome]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> object:
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,7 +42,7 @@ def test_random_graphs_are_refused_or_equal_to_the_oracle(first: int) -> None:
 def test_a_thousand_random_graphs_are_refused_or_equal_to_the_oracle(first: int) -> None:
     outcomes = check(range(first, first + BATCH))
     words = [outcome.word for outcome in outcomes]
-    assert words.count("rewritten") >= 0.4 * BATCH, words
+    assert words.count("rewritten") >= 0.5 * BATCH, words
     assert words.count("skipped") <= 0.06 * BATCH, words
     assert all(outcome.change > 1e-3 for outcome in outcomes if outcome.word == "rewritten")
 
@@ -58,8 +59,9 @@ def test_a_seed_is_a_case() -> None:
 def test_another_operator_is_noticed(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(oracle, operator)
     monkeypatch.setattr(oracle, operator, lambda x, *rest: right(x, *rest) * 1.001)
-    seeds = [seed for seed in QUICK if any(m.kind in operator for m in fuzz.draw(seed).methods)]
-    outcome = next(found for found in map(fuzz.check, seeds) if found.rewritten)
+    kind = operator.split("_")[0]
+    seeds = [seed for seed in QUICK if any(method.kind == kind for method in fuzz.draw(seed).methods)]
+    outcome = next(found for found in map(fuzz.check, seeds) if any(kind in r.action for r in found.records))
     assert "from the oracle's" in outcome.problems[0]
     assert f"seed {outcome.case.seed}:" in str(outcome)
 
@@ -67,5 +69,5 @@ def test_another_operator_is_noticed(operator: str, monkeypatch: pytest.MonkeyPa
 def test_refusing_everything_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = fuzz.rewrite
     monkeypatch.setattr(fuzz, "rewrite", lambda module, methods, grid: right(module, (), grid))
-    outcomes = [fuzz.check(seed) for seed in range(4)]
-    assert any("must have" in problem for outcome in outcomes for problem in outcome.problems)
+    problems = [problem for seed in range(4) for problem in fuzz.check(seed).problems]
+    assert any("must have" in problem for problem in problems), problems

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from tests import pipes
 from tests.pipes import BY_NAME, PIPES, SMALL, WIDE, Pipe, built, optimized, run
 
 METHOD = (bgx.LaplacianMerge(0.5), bgx.KVDownsample(2))
+FAST = ("sd", "flux", "dit")
+
+
+def each(cases: Sequence[Pipe]) -> Any:
+    """Parametrize over pipelines; all but a few of each kind of denoiser are slow."""
+    marked = [pytest.param(case, marks=[] if str(case) in FAST else pytest.mark.slow, id=str(case)) for case in cases]
+    return pytest.mark.parametrize("case", marked)
 
 
 class Graphs:
@@ -46,7 +54,7 @@ def check_images(images: Tensor, dense: Tensor) -> None:
     assert (images - dense).norm() < 0.5 * dense.norm()
 
 
-@pytest.mark.parametrize("case", PIPES, ids=str)
+@each(PIPES)
 def test_without_a_method_it_is_the_pipeline(case: Pipe) -> None:
     dense, pipe = built(case), optimized(case, built(case), ())
     for guidance in (True, False):
@@ -55,7 +63,7 @@ def test_without_a_method_it_is_the_pipeline(case: Pipe) -> None:
         torch.testing.assert_close(run(case, pipe, guidance=guidance), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", PIPES, ids=str)
+@each(PIPES)
 def test_images_reports_and_graphs(case: Pipe, graphs: Graphs) -> None:
     """A size and a change of guidance are a graph more of each part; the same call again is none."""
     dense, pipe, parts = built(case), optimized(case, built(case), METHOD), len(case.sites)
@@ -79,7 +87,7 @@ def test_images_reports_and_graphs(case: Pipe, graphs: Graphs) -> None:
     assert graphs.new() == 0
 
 
-@pytest.mark.parametrize("case", [case for case in PIPES if "num_images_per_prompt" in case.options], ids=str)
+@each([case for case in PIPES if "num_images_per_prompt" in case.options])
 def test_several_images_of_a_prompt(case: Pipe, graphs: Graphs) -> None:
     options = {"guidance": False, "num_images_per_prompt": 2}
     dense, pipe = built(case), optimized(case, built(case), METHOD)
@@ -90,7 +98,7 @@ def test_several_images_of_a_prompt(case: Pipe, graphs: Graphs) -> None:
     assert graphs.new() == len(case.sites)
 
 
-@pytest.mark.parametrize("case", [case for case in PIPES if "callback_on_step_end" in case.options], ids=str)
+@each([case for case in PIPES if "callback_on_step_end" in case.options])
 def test_callbacks(case: Pipe) -> None:
     """They see every step, and what they put in place of the latents is used."""
     steps: list[int] = []
@@ -110,7 +118,7 @@ DTYPES = [torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["sd", "flux", "dit"])
+@pytest.mark.parametrize("name", ["dit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "flux"))])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     """The cast may come before ``optimize`` or after it, and after a call too."""
     case = BY_NAME[name]
@@ -142,7 +150,10 @@ def test_autocast(name: str, graphs: Graphs) -> None:
     assert graphs.new() == 0
 
 
-@pytest.mark.parametrize("when", ["before optimize", "after optimize", "after a call"])
+@pytest.mark.parametrize(
+    "when",
+    ["after optimize", *(pytest.param(when, marks=pytest.mark.slow) for when in ("before optimize", "after a call"))],
+)
 def test_channels_last(when: str) -> None:
     case = BY_NAME["sd"]
     expected = run(case, optimized(case, built(case), METHOD))

@@ -21,7 +21,7 @@ from bigain_fx.passes.errors import CaptureError
 from tests import by_hand, zoo_dits, zoo_named, zoo_unets
 from tests.zoo import Case
 from tests.zoo_checks import BOTH, DENSE_TOLERANCE, TOLERANCE, load, one_thread, optimize, relative, tensors
-from tests.zoo_more import CAUSES, MORE, UNCAPTURED
+from tests.zoo_more import AUDIO, CAUSES, CONTROLS, MORE, UNCAPTURED, VIDEO
 
 EXCUSED: Mapping[str, str] = {
     "ControlNetXSAdapter": "has no forward of its own: UNetControlNetXSModel runs it",
@@ -76,9 +76,8 @@ FAULTS: Mapping[str, str] = {
 """Case -> what is still wrong in ours."""
 
 SLOW = frozenset({
-    "HiDreamImageTransformer2DModel-padded", "NucleusMoEImageTransformer2DModel-experts", "FluxMultiControlNetModel",
-    "HunyuanDiT2DMultiControlNetModel", "SD3MultiControlNetModel", "UNetControlNetXSModel", "I2VGenXLUNet",
-    "UNetSpatioTemporalConditionModel", "SanaWMTransformer3DModel",
+    "HiDreamImageTransformer2DModel-padded", "NucleusMoEImageTransformer2DModel-experts", "UNetControlNetXSModel",
+    "I2VGenXLUNet", "UNetSpatioTemporalConditionModel",
 })  # fmt: skip
 """Cases that take seconds and show little that another one does not."""
 
@@ -88,7 +87,7 @@ def named(cases: tuple[Case, ...]) -> Any:
 
 
 def parameter(case: Case) -> Any:
-    marks = [pytest.mark.slow] if case.name in SLOW else []
+    marks = [pytest.mark.slow] if case.name in SLOW or case in (*CONTROLS, *VIDEO, *AUDIO) else []
     if case.name in FAULTS:
         marks.append(pytest.mark.xfail(strict=True, reason=FAULTS[case.name]))
     return pytest.param(case, id=case.name, marks=marks)

@@ -279,7 +279,7 @@ def draw_methods(rng: random.Random, design: Design) -> Methods:
 def branches(c: Choices) -> bool:
     """Whether a block is a row of branches of the residual stream, so that there is no doubt what it spans."""
     plain = all(c[name] == next(iter(OPTIONS[name])) for name in ("odd", "residual", "dual", "post", "pooled"))
-    reads = c["reads"] in ("q", "k", "v", "v_direct") or c["cross"] == "same_query"
+    reads = c["reads"] in ("q", "k", "v", "v_direct", "x_direct") or c["cross"] == "same_query"
     return plain and not reads and c["norm"] != "none"
 
 

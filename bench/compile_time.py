@@ -174,7 +174,7 @@ def to_markdown(found: dict[str, Any]) -> str:
 
 def main(
     layouts: Annotated[list[str], typer.Argument(help=f"{', '.join(NARROW)}; others as for bigain-fx bench, whole")],
-    rounds: Annotated[int, typer.Option(help="processes of each method")] = 2,
+    rounds: Annotated[int, typer.Option(help="processes of each method")] = 1,
     out: Annotated[Path, typer.Option(help="folder for the JSON and the Markdown")] = Path("bigain-bench"),
 ) -> None:
     """Time how long LAYOUTS take to compile in fresh processes, dense and rewritten."""

@@ -243,6 +243,9 @@ def _check_static(graph: Graph, model: str) -> None:
                     f"{model} cannot be captured: torch.export left a call of {node.target} in the graph"
                 )
 
+    if any(isinstance(leaf, str) for leaf in pytree.tree_leaves(graph.output_node().args)):
+        raise CaptureError(f"{model} cannot be captured: it returns names where tensors belong; optimize its parts")
+
 
 def _constant_written(graph: Graph, model: nn.Module) -> str | None:
     """The first operator that writes into a constant of ``graph`` that is no weight of ``model``, by name."""

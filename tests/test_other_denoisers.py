@@ -69,12 +69,6 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-FAULTS: Mapping[str, str] = {
-    "MultiControlNetModel": "return_dict=False is not passed on, and its default never worked",
-    "FluxMultiControlNetModel": "return_dict=False is not passed on, and its default never worked",
-}
-"""Case -> what is still wrong in ours."""
-
 SLOW = frozenset({
     "HiDreamImageTransformer2DModel-padded", "NucleusMoEImageTransformer2DModel-experts", "UNetControlNetXSModel",
     "I2VGenXLUNet", "UNetSpatioTemporalConditionModel",
@@ -88,8 +82,6 @@ def named(cases: tuple[Case, ...]) -> Any:
 
 def parameter(case: Case) -> Any:
     marks = [pytest.mark.slow] if case.name in SLOW or case in (*CONTROLS, *VIDEO, *AUDIO) else []
-    if case.name in FAULTS:
-        marks.append(pytest.mark.xfail(strict=True, reason=FAULTS[case.name]))
     return pytest.param(case, id=case.name, marks=marks)
 
 

@@ -13,6 +13,8 @@ from tests.zoo_more_unets import UNETS
 from tests.zoo_more_video import VIDEO
 
 CAUSES = {
+    "MultiControlNetModel": "returns names",
+    "FluxMultiControlNetModel": "returns names",
     "GlmImageTransformer2DModel": "depends on the values",
     "HiDreamImageTransformer2DModel": "depends on the values",
     "HiDreamImageTransformer2DModel-padded": "depends on the values",

@@ -31,19 +31,34 @@ POINTWISE = frozenset({
     aten.rsub.Scalar, aten.reciprocal.default, aten.abs.default, aten.softplus.default, aten.leaky_relu.default,
 })  # fmt: skip
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})
-_COPIES = frozenset({aten.clone.default, aten._to_copy.default})
-ALIASES = (CASTS | VIEWS | PERMUTATIONS | SPLITS | {aten.slice.Tensor, aten.select.int, aten.unflatten.int}) - _COPIES
-"""What may show the same memory."""
+
+
+def shows_its_input(node: Node) -> bool:
+    """Whether the memory of ``node`` may be that of its first input."""
+    if node.target is operator.getitem or inactive_dropout(node):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
 
 def aliases(node: Node) -> set[Node]:
     """``node`` and all that may show its memory."""
     pending, found = [node], {node}
     while pending:
-        new = [user for user in pending.pop().users if (user.target in ALIASES or user.target is operator.getitem)]
-        pending.extend(user for user in new if user not in found)
+        new = [user for user in pending.pop().users if shows_its_input(user) and user not in found]
+        pending.extend(new)
         found.update(new)
     return found
+
+
+def written_by(node: Node) -> Node | None:
+    """What changes ``node``, or the memory that it shows, in place; None if nothing does."""
+    return next((user for alias in aliases(node) for user in alias.users if _mutates(user)), None)
+
+
+def _mutates(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def mask_of(sdpa: Node) -> Node | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from bigain_fx.passes.arguments import ALIASES, aliases, cut_dim, slice_range
+from bigain_fx.passes.arguments import aliases, cut_dim, shows_its_input, slice_range
 from bigain_fx.passes.axes import aten, shape_of
 from bigain_fx.passes.surgery import Surgeon
 
@@ -60,7 +60,7 @@ def _is_alone(part: Node, copy: Node) -> bool:
     """Whether what ``copy`` changed is read, after it, through the tensor that ``part`` is cut from alone."""
     whole: Any = part.args[0]
     root = whole
-    while root.target in ALIASES:
+    while shows_its_input(root):
         root = root.args[0]
     if root.op != "call_function":
         return False

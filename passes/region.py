@@ -9,7 +9,7 @@ from heapq import heappop, heappush
 import torch
 from torch.fx import Graph, Node
 
-from bigain_fx.passes.arguments import NORMS, SDPA
+from bigain_fx.passes.arguments import NORMS, SDPA, shows_its_input, written_by
 from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, descendants, names, parts
 from bigain_fx.passes.grid import CONVOLUTIONS, sample_inputs
 from bigain_fx.passes.rules import from_elsewhere, lined_up, propagate
@@ -91,10 +91,18 @@ def grow(
             for node in nodes
             if node not in loose and (node in read or any(user not in inside for user in node.users))
         ]
-        bad = [node for node in exits if not _can_exit(node, known[node], form)]
+        bad = {
+            node: "its output has no (batch, tokens, channels) form"
+            for node in exits
+            if not _can_exit(node, known[node], form)
+        } | {
+            node: f"is changed in place by {writer.name}"
+            for node in nodes
+            if (writer := written_by(node)) and not _is_private(node, inside)
+        }  # fmt: skip
         if not bad:
             break
-        barred |= dict.fromkeys(bad, "its output has no (batch, tokens, channels) form")
+        barred |= bad
     if not nodes or any(start not in inside for start in starts):
         reason = next(iter(stopped.values()), Refusal("nothing reads its output", starts[0].name))
         return Refusal(f"its output: {reason.reason}", reason.node)
@@ -138,6 +146,11 @@ def _walk(
         for user in () if node in read else node.users:
             heappush(pending, user)
     return nodes, loose, stopped
+
+
+def _is_private(exit_: Node, inside: Set[Node]) -> bool:
+    """Whether what all tokens are given back to is the only thing that shows or reads its memory."""
+    return not shows_its_input(exit_) and not any(user in inside for user in exit_.users)
 
 
 def _can_exit(node: Node, layout: Layout, form: tuple[Dim, Dim]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
 
-from bigain_fx.passes.arguments import SDPA, aliases, channel_parts, mask_of
+from bigain_fx.passes.arguments import SDPA, channel_parts, mask_of, written_by
 from bigain_fx.passes.axes import (
     BATCH,
     TOKENS,
@@ -116,7 +116,6 @@ def find_sites(graph: Graph, hint: Grid | None = None) -> tuple[dict[Node, Atten
         hint: ``(rows, columns)`` of image tokens at the finest resolution, for graphs that cannot tell.
     """
     attentions = [node for node in graph.nodes if node.target is SDPA]
-    attentions = [node for node in graph.nodes if node.target is SDPA]
     around = Surroundings(image_layouts(graph, hint), features(graph), descendants(sample_inputs(graph), graph), hint)
     places = {node: _place(node, around, None) for node in attentions}
     lost = packed_input(graph, hint) is None and all(isinstance(place, Refusal) for place in places.values())
@@ -185,7 +184,7 @@ def _match(sdpa: Node, place: _Place, around: Surroundings) -> AttentionSite | R
         if outside:
             return Refusal(f"{node.name} is also read outside the attention, by {outside[0].name}", node.name)
     for node in (x, *(metric.source for metric in (place.direct, place.above) if metric)):
-        if changed := next((user for alias in aliases(node) for user in alias.users if _mutates(user)), None):
+        if changed := written_by(node):
             return Refusal(f"{node.name} is changed in place by {changed.name}", node.name)
     return AttentionSite(
         module_name(sdpa), sdpa, x, before, after, place.grid, place.direct, place.above, paths, output, (),
@@ -279,11 +278,6 @@ def _nearest_layers(operand: Node) -> set[Node]:
         seen.update(new)
         pending.extend(new)
     return found
-
-
-def _mutates(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 def _between(x: Node, operand: Node) -> set[Node]:

@@ -26,6 +26,7 @@ from bigain_fx.capture import CallBinder, capture, flat_tensors
 from bigain_fx.deployed import PackagedDenoiser, load_package
 from bigain_fx.export.interface import Interface, describe
 from bigain_fx.export.package import Package, read_metadata, write_package
+from bigain_fx.families import resolve
 from bigain_fx.passes.errors import ExportError
 from bigain_fx.passes.methods import normalize
 from bigain_fx.passes.pipeline import rewrite
@@ -41,7 +42,7 @@ def exported(model: nn.Module, kwargs: dict[str, Any], methods: Any) -> tuple[Ex
     binder = CallBinder(model)
     arguments, _ = binder.bind((), kwargs)
     captured = capture(model, arguments)
-    methods = normalize(methods)
+    methods = resolve(normalize(methods), model)
     rewritten = rewrite(captured.module, methods)
     flat = flat_tensors(arguments)
     with torch.no_grad():

@@ -29,6 +29,7 @@ from bigain_fx.capture import CallBinder, capture, flat_tensors
 from bigain_fx.models import KNOWN, Workload, example_inputs, load
 from bigain_fx.passes.methods import Methods, parse
 from bigain_fx.passes.pipeline import rewrite
+from bigain_fx.regions import as_regions
 
 DENSE = "dense"
 METHODS = (DENSE, "bigain-tm:0.7", "bigain-tm:0.7:block", "bigain-tm:0.7+bigain-td:2")
@@ -139,6 +140,7 @@ def first_call(name: str, method: str) -> None:
     captured = capture(workload.model, arguments)
     at_capture = time.perf_counter()
     rewritten = rewrite(captured.module, everywhere(method), workload.grid)
+    as_regions(rewritten.module)
     at_rewrite = time.perf_counter()
     compiled = torch.compile(rewritten.module, fullgraph=True, dynamic=False)
     with torch.no_grad():

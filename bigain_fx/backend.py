@@ -46,7 +46,7 @@ class Options:
 
     Attributes:
         methods: what to apply; empty for the dense graph.
-        grid: as for :func:`bigain_fx.optimize`.
+        grid: ``(rows, columns)`` as for :func:`bigain_fx.optimize`; no function, for Dynamo compiles without values.
         backend: what compiles the rewritten graph: a name that Dynamo knows, or a Dynamo backend.
         mode: of inductor, such as ``"max-autotune"``; None is its default.
     """
@@ -77,6 +77,11 @@ class Options:
             raise InputError(f"backend={read.backend!r} must be a name that torch.compile takes, or a Dynamo backend")
         if read.mode is not None and read.backend != "inductor":
             raise InputError(f"mode={read.mode!r} is inductor's; options has backend={read.backend!r}")
+        if callable(read.grid):
+            raise InputError(
+                f"grid={read.grid!r} is a function of the inputs, whose values Dynamo does not have when it compiles; "
+                "give (rows, columns), or use bigain_fx.optimize"
+            )
         return read
 
     def compile(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

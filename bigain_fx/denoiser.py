@@ -29,6 +29,7 @@ from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.quantized import call_as_functions
+from bigain_fx.regions import as_regions
 from bigain_fx.report import Report
 from bigain_fx.standin import StandIn
 from bigain_fx.watch import Change, Watch, hook_in
@@ -201,6 +202,7 @@ class OptimizedDenoiser(StandIn):
         settings = self._settings
         if settings.backend != "eager":
             options = dict(settings.options) if settings.options is not None else None
+            as_regions(rewritten.module)
             run = torch.compile(
                 run, fullgraph=True, dynamic=False, backend=settings.backend, mode=settings.mode, options=options
             )

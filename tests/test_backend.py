@@ -315,6 +315,7 @@ MISNAMED = timed()
         (lambda: plain(options={"method": MERGE, "mode": "max-autotune", "backend": "eager"}), bgx.InputError,
          "mode='max-autotune' is inductor's"),
         (lambda: plain(options={"method": MERGE, "grid": (3, 3)}), bgx.GridError, r"grid=\(3, 3\) contradicts"),
+        (lambda: plain(options={"method": MERGE, "grid": lambda _: (4, 6)}), bgx.InputError, "grid=.* is a function"),
         (lambda: plain(options={"method": SCHEDULE}), bgx.RewriteError, r"inputs \['image'\] is called timestep"),
         (lambda: plain(dynamic=True, options={"method": MERGE}), bgx.InputError,
          r"image has the symbolic shape \(.*s\d+.*\); call torch.compile with dynamic=False"),

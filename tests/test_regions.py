@@ -1,0 +1,70 @@
+"""Operators as regions: the same numbers, one piece of code for each shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bigain_fx as bgx
+from bigain_fx.capture import CallBinder, capture, flat_tensors
+from bigain_fx.passes.methods import normalize
+from bigain_fx.passes.pipeline import rewrite
+from bigain_fx.regions import as_regions
+from tests import toys
+
+IMAGE = toys.image()
+METHODS = {
+    "merge": bgx.LaplacianMerge(0.5, levels=None),
+    "tome": bgx.ToMe(0.5, levels=None),
+    "batch": bgx.LaplacianMerge(0.5, levels=None, align="batch"),
+    "both": (bgx.LaplacianMerge(0.5, levels=None), bgx.KVDownsample(2, levels=None)),
+}
+
+
+class Twice(nn.Module):
+    """Two attentions of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = toys.Separate(), toys.Separate()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.first(image) + self.second(image)
+
+
+def compiled(model: nn.Module, method: object, found: list[torch.fx.GraphModule]) -> Tensor:
+    """The output of the optimized ``model``; the graphs that reach the compiler go into ``found``."""
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        found.append(graph)
+        return graph
+
+    output: Tensor = bgx.optimize(model, (IMAGE,), method=method, backend=keep)(IMAGE)
+    return output
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_numbers_from_one_region_for_each_shape(name: str) -> None:
+    torch.manual_seed(0)
+    model, found = Twice().eval(), []
+    expected = bgx.optimize(model, (IMAGE,), method=METHODS[name], backend="eager")(IMAGE)
+    torch.testing.assert_close(compiled(model, METHODS[name], found), expected)
+    calls = [node for node in found[0].graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph]
+    assert len(calls) == 4  # a plan and a mean for each attention
+    assert len({call.args[1] for call in calls}) == 2
+
+
+def test_every_shape_has_a_region_of_its_own() -> None:
+    """One marked function that meets more than eight shapes is an error in torch."""
+    torch.manual_seed(0)
+    model, regions = toys.Separate().eval(), set()
+    for batch in range(1, 11):
+        arguments, _ = CallBinder(model).bind((toys.image(batch),), {})
+        module = rewrite(capture(model, arguments).module, normalize(METHODS["merge"])).module
+        (before,) = module(*flat_tensors(arguments))
+        targets = {node.target for node in module.graph.nodes}
+        as_regions(module)
+        regions |= {node.target for node in module.graph.nodes} - targets
+        assert torch.equal(module(*flat_tensors(arguments))[0], before)
+    assert len(regions) == 20

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -32,6 +32,7 @@ from bigain_fx.passes.errors import CaptureError, InputError, MethodError, Rewri
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Methods, normalize
 from bigain_fx.passes.pipeline import rewrite
+from bigain_fx.regions import own_cache
 from bigain_fx.report import Report
 
 log = logging.getLogger("bigain_fx")
@@ -72,6 +73,10 @@ class Options:
                 "options has no method; write torch.compile(model, backend='bigain', dynamic=False, "
                 "options={'method': bigain_fx.LaplacianMerge(0.7)})"
             )
+        if isinstance(given["method"], Iterator):
+            raise MethodError(
+                f"method={given['method']!r} can be read only once, and Dynamo may ask again; give a list"
+            )
         read = cls(normalize(given.pop("method")), **given)
         if not (isinstance(read.backend, str) or callable(read.backend)):
             raise InputError(f"backend={read.backend!r} must be a name that torch.compile takes, or a Dynamo backend")
@@ -95,7 +100,8 @@ class Options:
             extra = {"config_patches": list_mode_options(self.mode)} if self.mode is not None else {}
         except (InvalidBackend, RuntimeError) as error:
             raise InputError(f"backend={self.backend!r}, mode={self.mode!r}: {first_line(error)}") from None
-        compiled: Callable[..., Any] = inner(module, list(example_inputs), **extra)
+        with own_cache():
+            compiled: Callable[..., Any] = inner(module, list(example_inputs), **extra)
         return compiled
 
 

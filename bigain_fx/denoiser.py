@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any, Literal, overload
 
 import torch
@@ -29,7 +30,7 @@ from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.quantized import call_as_functions
-from bigain_fx.regions import as_regions
+from bigain_fx.regions import as_regions, own_cache
 from bigain_fx.report import Report
 from bigain_fx.standin import StandIn
 from bigain_fx.watch import Change, Watch, hook_in
@@ -77,8 +78,8 @@ class Settings:
 class OptimizedDenoiser(StandIn):
     """A denoiser whose self-attentions are compressed; it is called exactly as the original is, and passes for it.
 
-    Its weights and submodules are the original's, under the same names. Whatever else is read from it (``config``,
-    ``dtype``, its class, ...) or set on it is the original's too. Copied or unpickled, it captures anew.
+    Its weights and submodules are the original's, under the same names. Whatever else the original has (``config``,
+    ``dtype``, its class, ...) is read and set there. Copied or unpickled, it captures anew. Threads may share it.
 
     Attributes:
         original: the model it was made from; its weights are these weights.
@@ -93,6 +94,7 @@ class OptimizedDenoiser(StandIn):
         self._known: dict[Key, str] = {}  # every signature that was captured, the one used last at the end
         self._latest: Prepared | None = None
         self._watch: Watch | None = None
+        self._lock = RLock()
         self._stand_in_for(model)
 
     @property
@@ -140,16 +142,20 @@ class OptimizedDenoiser(StandIn):
         """
         arguments, wants_class = self._binder.bind(args, kwargs)
         entry = self._entry(arguments, expected=self._settings.on_new_signature == "raise")
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), own_cache():
             # Tensors made in inference mode would recompile the graph; a copy made outside of it does not.
             inputs = [tensor.clone() if tensor.is_inference() else tensor for tensor in flat_tensors(arguments)]
             output = pytree.tree_unflatten(entry.run(*inputs), entry.out_spec)
-        if wants_class or isinstance(output, tuple):
+        if wants_class or not isinstance(output, Mapping):
             return output
         return tuple(output.values())
 
     def _entry(self, arguments: Mapping[str, Any], *, expected: bool = False) -> Prepared:
         """The graph for these arguments, captured if it is not there; ``expected``: only if it once was."""
+        with self._lock:
+            return self._find(arguments, expected)
+
+    def _find(self, arguments: Mapping[str, Any], expected: bool) -> Prepared:
         change = self._watch.changed() if self._watch is not None else Change()
         if change.what:
             log.warning("%s changed, its graphs are captured anew when next called: %s", self._name, change.what)

@@ -158,12 +158,15 @@ def _read_ids(ids: Tensor) -> Reading:
 
 def _read_shapes(shapes: Sequence[Any]) -> Reading:
     """From ``[(frames, rows, columns), ...]``, one for each sample, or lists of them, one for each image."""
-    samples = [tuple(map(tuple, (sample,) if isinstance(sample[0], int) else sample)) for sample in shapes]
+    try:
+        samples = [tuple(map(tuple, (sample,) if isinstance(sample[0], int) else sample)) for sample in shapes]
+        (frames, rows, columns), *others = samples[0]
+    except (TypeError, ValueError, IndexError):
+        return Reading(reason=f"img_shapes={shapes!r} is not (frames, rows, columns) for each image; pass grid=")
     if len(set(samples)) > 1:
         return Reading(reason="img_shapes differs from sample to sample; pass grid=")
-    if len(samples[0]) > 1 or samples[0][0][0] != 1:
+    if others or frames != 1:
         return Reading(reason="img_shapes names several images or frames; pass grid=, if one grid holds them all")
-    _, rows, columns = samples[0][0]
     return Reading((int(rows), int(columns)))
 
 

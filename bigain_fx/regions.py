@@ -1,4 +1,4 @@
-"""Operators that every attention has again, as regions that are compiled once for each shape.
+"""How a graph with our operators is compiled: each of them once for each shape, and never from an older one's cache.
 
 Inductor writes code node by node: the plan's thirteen kernels, at each of SDXL's seventy attentions, make compiling
 take half as long again. What ``torch.compiler.nested_compile_region`` marks is written once, and called.
@@ -6,14 +6,18 @@ take half as long again. What ``torch.compiler.nested_compile_region`` marks is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from bigain_fx.passes import ops  # noqa: F401  (registers the operators)
+from bigain_fx.passes import ops
 
 REPEATED = frozenset({torch.ops.bigain.merge_plan.default, torch.ops.bigain.merge.default})
 """What inductor gains little by fusing with its neighbours: a plan, and a segment mean."""
@@ -35,6 +39,20 @@ def as_regions(module: GraphModule) -> None:
             regions[key] = _region(node.target, args)
         node.target, node.args = regions[key], tuple(tensors)
     module.recompile()
+
+
+@contextmanager
+def own_cache() -> Iterator[None]:
+    """Cache what is compiled meanwhile under our operators' source too: torch's key has only their names."""
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=f"{config.cache_key_tag} bigain-fx {_source()}"):
+        yield
+
+
+@cache
+def _source() -> str:
+    modules = [file.read_bytes() for file in sorted(Path(ops.__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(modules)).hexdigest()
 
 
 def _region(target: Callable[..., Any], args: Sequence[int | tuple[Any]]) -> Callable[..., Any]:

@@ -4,47 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from typing import Any
 
 from torch.fx import Graph, Node
 
-from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, named, segment, shape_of
-from bigain_fx.passes.grid import CONVOLUTIONS, placed
+from bigain_fx.passes.arguments import written_by
+from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, named, names, parts
 from bigain_fx.passes.region import Region, grow
+from bigain_fx.passes.rules import propagate
 from bigain_fx.passes.sites import AttentionSite, Surroundings
 
 
 def with_blocks(graph: Graph, sites: Sequence[AttentionSite], around: Surroundings) -> dict[Node, AttentionSite]:
     """``sites``, by their SDPA node, with the regions of their blocks (``docs/operators.md``, "Scope")."""
-    latest = _latest_site(graph, {site.sdpa: site for site in sites}, around.images)
-    claimed = {node for site in sites for path in site.paths.values() for node in path}
-    found: dict[Node, AttentionSite] = {}
-    for site in sites:
-        regions = [_attention_region(site, around)]
-        claimed |= set(regions[0].nodes)
-        result = [(site.x, regions[0])]
-        for node in graph.nodes:
-            source = node.args[0] if node.target is aten.linear.default and node not in claimed else None
-            if not isinstance(source, Node) or latest.get(source) is not site:
-                continue
-            region = _branch(source, site, around, claimed)
-            if region is not None:
-                claimed |= set(region.nodes)
-                result.append((source, region))
-        found[site.sdpa] = replace(site, block=tuple(result))
+    attentions = {site.sdpa: _attention_region(site, around) for site in sites}
+    latest = _latest_attention(graph, attentions)
+    claimed = {node for site in sites for node in (*site.region.nodes, *attentions[site.sdpa].nodes)}
+    found = {site.sdpa: replace(site, block=((site.x, attentions[site.sdpa]),)) for site in sites}
+    for linear in graph.find_nodes(op="call_function", target=aten.linear.default):
+        source: Any = linear.args[0]
+        if linear in claimed or source not in latest:
+            continue
+        sdpa, layout = latest[source]
+        region = _branch(source, layout, found[sdpa], around, claimed)
+        if region is not None:
+            claimed |= set(region.nodes)
+            found[sdpa] = replace(found[sdpa], block=(*found[sdpa].block, (source, region)))
     return found
 
 
-def _latest_site(
-    graph: Graph, sites: Mapping[Node, AttentionSite], images: Mapping[Node, Layout]
-) -> dict[Node, AttentionSite]:
-    """For every node on a grid, the last site that it depends on through what keeps tokens where they are."""
-    latest: dict[Node, AttentionSite] = {}
+def _latest_attention(graph: Graph, attentions: Mapping[Node, Region]) -> dict[Node, tuple[Node, Layout]]:
+    """For every node that has the tokens of attentions, in their order: the last of these, and the node's layout."""
+    exits = {node: (sdpa, region.layouts[node]) for sdpa, region in attentions.items() for node in region.exits}
+    latest: dict[Node, tuple[Node, Layout]] = {}
     for node in graph.nodes:
-        above = [latest[source] for source in node.all_input_nodes if source in latest]
-        if node in sites:
-            latest[node] = sites[node]
-        elif above and node in images and node.target not in CONVOLUTIONS:
-            latest[node] = max(above, key=lambda site: site.sdpa)
+        if node in exits:
+            latest[node] = exits[node]
+            continue
+        above = {source: latest[source] for source in node.all_input_nodes if source in latest}
+        if not above:
+            continue
+        last = max(sdpa for sdpa, _ in above.values())
+        layout = propagate(node, {source: layout for source, (sdpa, layout) in above.items() if sdpa is last})
+        if not isinstance(layout, Refusal) and any(TOKENS in names(dim) for dim in layout):
+            latest[node] = last, layout
     return latest
 
 
@@ -54,21 +57,19 @@ def _attention_region(site: AttentionSite, around: Surroundings) -> Region:
     starts = [user for user in site.x.users if user in inside or user.target is aten.linear.default]
     layouts = {site.x: site.layouts[site.x], site.sdpa: site.layouts[site.sdpa]}
     region = grow(starts, layouts, _form(site), around.learned, around.read)
-    if isinstance(region, Refusal) or site.sdpa not in region.nodes:
-        inner = tuple(sorted(inside | set(site.output.nodes)))
-        return replace(site.output, nodes=inner, layouts=site.layouts)
-    return region
+    whole = isinstance(region, Region) and site.sdpa in region.nodes and region.joins
+    return region if whole else site.region  # type: ignore[return-value]
 
 
-def _branch(source: Node, site: AttentionSite, around: Surroundings, claimed: Set[Node]) -> Region | None:
+def _branch(
+    source: Node, layout: Layout, site: AttentionSite, around: Surroundings, claimed: Set[Node]
+) -> Region | None:
     """The region of the linear layers that read ``source``, if all of it ends in residual joins."""
-    place = placed(source, around.images)
-    if place is None or place[0] != site.grid or shape_of(source)[0] != site.batch:
+    form = _form(site)
+    if len(layout) != 3 or (layout[0], parts(layout[1])[1]) != form or names(layout[2]) or written_by(source):
         return None
-    batch, tokens = _form(site)
-    seed: Layout = (batch, segment(place[1], tokens, place[2]), named("", shape_of(source)[2]))
     starts = [user for user in source.users if user.target is aten.linear.default and user not in claimed]
-    region = grow(starts, {source: seed}, (batch, tokens), around.learned, around.read)
+    region = grow(starts, {source: layout}, form, around.learned, around.read)
     return region if isinstance(region, Region) and region.joins and not claimed & set(region.nodes) else None
 
 

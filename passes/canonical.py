@@ -6,6 +6,8 @@ of the image rows alone) become values::
     part = t[:, :, a:b]                        whole = cat([t[:, :, :a], value, t[:, :, b:]], 2)
     part.copy_(value)                   ->     read(whole)
     read(t)
+
+and so does arithmetic in place, ``h += y``, where nothing reads the old memory afterwards under another name.
 """
 
 from __future__ import annotations
@@ -41,6 +43,12 @@ _PLAIN: Mapping[Any, tuple[Any, Callable[[Node], tuple[Any, ...]]]] = {
 }  # fmt: skip
 
 
+_IN_PLACE: Mapping[Any, Any] = {
+    aten.add_.Tensor: aten.add.Tensor, aten.sub_.Tensor: aten.sub.Tensor, aten.mul_.Tensor: aten.mul.Tensor,
+    aten.div_.Tensor: aten.div.Tensor, aten.add_.Scalar: aten.add.Scalar, aten.mul_.Scalar: aten.mul.Scalar,
+}  # fmt: skip
+
+
 def canonicalize(surgeon: Surgeon) -> None:
     """Rewrite the graph in place; what it computes stays the same."""
     surgeon.inline_contexts()
@@ -54,19 +62,40 @@ def canonicalize(surgeon: Surgeon) -> None:
         part: Any = copy.args[0]
         if part.target is aten.slice.Tensor and not copy.users and _is_alone(part, copy):
             _replace(surgeon, copy, part)
+    for node in [node for node in surgeon.graph.nodes if node.target in _IN_PLACE]:
+        if _is_last_name(node):
+            _as_value(surgeon, node)
 
 
 def _is_alone(part: Node, copy: Node) -> bool:
     """Whether what ``copy`` changed is read, after it, through the tensor that ``part`` is cut from alone."""
-    whole: Any = part.args[0]
-    root = whole
+    return slice_range(part)[2] == 1 and _names_read_after(copy) <= {part.args[0]}
+
+
+def _is_last_name(node: Node) -> bool:
+    """Whether what ``node`` changed is read, after it, as its result alone."""
+    return not _names_read_after(node)
+
+
+def _names_read_after(write: Node) -> set[Any]:
+    """What shows, under an older name, the memory that ``write`` changes, and is read later; unknown of an input's."""
+    root: Any = write.args[0]
     while shows_its_input(root):
         root = root.args[0]
     if root.op != "call_function":
-        return False
-    seen = {alias for alias in aliases(root) if alias < copy}
-    readers = [user for alias in seen - {whole} for user in alias.users]
-    return all(user < copy or user is copy for user in readers) and slice_range(part)[2] == 1
+        return {None}
+    older = {alias for alias in aliases(root) if alias < write}
+    return {alias for alias in older if any(user > write for user in alias.users)}
+
+
+def _as_value(surgeon: Surgeon, node: Node) -> None:
+    """The same arithmetic with a result of its own, in the dtype that the memory has."""
+    with surgeon.after(node):
+        value = surgeon.emit(_IN_PLACE[node.target], node.args, node, node.kwargs)
+        if value.meta["val"].dtype != node.meta["val"].dtype:
+            value = surgeon.emit(aten.to.dtype, (value, node.meta["val"].dtype), node)
+    node.replace_all_uses_with(value, lambda user: user is not value)
+    surgeon.graph.erase_node(node)
 
 
 def _replace(surgeon: Surgeon, copy: Node, part: Node) -> None:

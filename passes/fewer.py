@@ -11,6 +11,7 @@ from torch.fx.node import map_arg
 
 from bigain_fx.passes.arguments import SPLITS, cut_dim, slice_range
 from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, aten, length, names, parts, resize, shape_of
+from bigain_fx.passes.errors import RewriteError
 from bigain_fx.passes.rules import from_elsewhere, lined_up
 from bigain_fx.passes.surgery import Surgeon
 
@@ -23,13 +24,12 @@ class Fewer:
     Args:
         surgeon: emits the nodes.
         layouts: of the nodes to replay and of what they read.
-        tokens, left: how many tokens there were, and are.
+        left: how many tokens there are.
         rep: ``(B, left)`` or ``(1, left)`` int64, the token whose angles, mask and the like each of them takes.
     """
 
-    def __init__(self, surgeon: Surgeon, layouts: Mapping[Node, Layout], tokens: int, left: int, rep: Node) -> None:
-        self.surgeon, self.layouts, self.tokens, self.left, self.rep = surgeon, layouts, tokens, left, rep
-        self._picked: dict[tuple[Node, tuple[int, ...]], Node] = {}
+    def __init__(self, surgeon: Surgeon, layouts: Mapping[Node, Layout], left: int, rep: Node) -> None:
+        self.surgeon, self.layouts, self.left, self.rep = surgeon, layouts, left, rep
 
     def replay(self, nodes: Iterable[Node], known: dict[Node, Node]) -> None:
         """Emit ``nodes``, in graph order, each after the node that it stands for.
@@ -42,41 +42,48 @@ class Fewer:
 
     def _replay(self, node: Node, known: dict[Node, Node]) -> None:
         layout = self.layouts[node]
-        beside = lined_up(node, layout, self.layouts)
+        others = lined_up(node, layout, self.layouts)
         elsewhere = from_elsewhere(node, layout, self.layouts)
-        new = {operand: self.pick(operand, dims, beside) for operand, dims in elsewhere.items()} | known
+        new = {operand: self.pick(operand, dims, others) for operand, dims in elsewhere.items()} | known
         target, args = self._resized(node)
         args, kwargs = map_arg((args, dict(node.kwargs)), lambda item: new.get(item, item))
         known[node] = self.surgeon.emit(target, args, node, kwargs)
+        expected = tuple(length(self._shrunk(dim)) for dim in layout)
+        if (shape := shape_of(known[node])) and shape != expected:
+            raise RewriteError(
+                f"{node.name} has shape {shape} on fewer tokens, not {expected}; please report this model"
+            )
 
     def pick(self, operand: Node, dims: tuple[int, ...], layout: Layout) -> Node:
         """``operand``, lined up with ``layout`` from the last dimension on, at the kept tokens of ``dims``."""
-        if (operand, dims) not in self._picked:
-            picked = operand
-            for dim in dims:
-                picked = self._pick_along(picked, dim, layout)
-            self._picked[operand, dims] = picked
-        return self._picked[operand, dims]
+        done = self.surgeon.picked
+        key = (operand, self.rep, dims, tuple(layout[dim] for dim in dims))
+        if key not in done:
+            done[key] = operand
+            with self.surgeon.after(max(operand, self.rep)):
+                for dim in dims:
+                    done[key] = self._pick_along(done[key], dim, layout)
+        return done[key]
 
     def _pick_along(self, operand: Node, dim: int, layout: Layout) -> Node:
         emit = self.surgeon.emit
         before, _, after = parts(layout[dim])
         batch = next((index - len(layout) for index, axes in enumerate(layout) if BATCH in names(axes)), None)
-        per_sample = batch is not None and shape_of(self.rep)[0] > 1
-        if per_sample:
-            assert batch is not None
+        if shape_of(self.rep)[0] == 1:
+            batch = None
+        if batch is not None:
             sizes = [1] * (-batch - len(shape_of(operand))) + list(shape_of(operand))
             sizes[batch] = shape_of(self.rep)[0]
             if tuple(sizes) != shape_of(operand):
                 operand = emit(aten.expand.default, (operand, sizes), like=operand)
         image = rows_of(self.surgeon, operand, dim, before, after)
-        if per_sample:
+        if batch is not None:
             shape = list(shape_of(image))
             shape[dim] = self.left
             apart = [size if index - len(shape) in (batch, dim) else 1 for index, size in enumerate(shape)]
-            index = emit(
-                aten.expand.default, (emit(aten.view.default, (self.rep, apart), like=operand), shape), operand
-            )
+            rep = self.rep if batch < dim else emit(aten.transpose.int, (self.rep, 0, 1), like=operand)
+            index = emit(aten.reshape.default, (rep, apart), like=operand)
+            index = emit(aten.expand.default, (index, shape), like=operand)
             image = emit(aten.gather.default, (image, dim, index), like=operand)
         else:
             index = emit(aten.view.default, (self.rep, [self.left]), like=operand)

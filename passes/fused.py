@@ -20,7 +20,7 @@ def separated(surgeon: Surgeon, site: AttentionSite, replayed: Set[Node]) -> Att
     layouts, paths = dict(site.layouts), dict(site.paths)
     for linear in sorted({node for path in paths.values() for node in path}):
         parts = channel_parts(linear, replayed)
-        if not parts.ranges or parts.ranges.keys() <= replayed:
+        if not parts.ranges.keys() & replayed or parts.ranges.keys() <= replayed:
             continue
         made = _separate(surgeon, linear, parts)
         layouts |= {layer: layouts[part] for part, layer in made.items() if part in layouts}

@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 
 from torch.fx import Graph, Node
 
-from bigain_fx.passes.arguments import CONCATENATIONS, POINTWISE, SDPA
-from bigain_fx.passes.axes import Layout, Refusal, aten, descendants, named, names, parts, shape_of
+from bigain_fx.passes.arguments import SDPA
+from bigain_fx.passes.axes import Axis, Layout, Refusal, aten, descendants, named, names, parts, shape_of
 from bigain_fx.passes.errors import GridError
 from bigain_fx.passes.rules import propagate
 
 FRAMES, ROWS, COLUMNS = "frames", "rows", "columns"
 Grid = tuple[int, int]
 CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.conv3d.padding})
-_JOINS = POINTWISE | CONCATENATIONS | {aten.stack.default, aten.pad_sequence.default}
 
 
 def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
@@ -41,9 +40,7 @@ def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
             layout = _feature_map(shape)
         elif node.target is SDPA:
             layout = (*layouts[node.args[0]][:-1], named("", shape[-1])) if node.args[0] in layouts else None
-        elif any(source in layouts for source in node.all_input_nodes) and (
-            node.args[0] in layouts or node.target in _JOINS
-        ):
+        elif any(source in layouts for source in node.all_input_nodes):
             layout = propagate(node, layouts)
         if layout is not None and not isinstance(layout, Refusal):
             layouts[node] = layout
@@ -82,10 +79,11 @@ def placed(node: Node, layouts: Mapping[Node, Layout]) -> tuple[Grid, int, int] 
     if layout is None or len(layout) != 3 or names(layout[0]) - {FRAMES} or names(layout[2]):
         return None
     before, inner, after = parts(layout[1])
-    sizes = {name: axis.size for axis in inner for name in axis.names}
-    sides = [axis.size for axis in inner]
     # An image of one row or column has lost that axis: it is not told from a line of tokens.
-    return ((sides[0], sides[1]), before, after) if [*sizes] == [ROWS, COLUMNS] and len(sides) == 2 else None
+    match inner:
+        case (Axis("rows", rows), Axis("columns", columns)) if before + rows * columns + after == shape_of(node)[1]:
+            return (rows, columns), before, after
+    return None
 
 
 def why_unplaced(node: Node, layouts: Mapping[Node, Layout], hint: Grid | None) -> str:
@@ -117,7 +115,10 @@ def check_form(hint: Grid | None) -> None:
     Raises:
         GridError: with the hint.
     """
-    if hint is not None and (len(hint) != 2 or not all(isinstance(side, int) and side > 0 for side in hint)):
+    if hint is None:
+        return
+    pair = isinstance(hint, tuple | list) and len(hint) == 2
+    if not (pair and all(isinstance(side, int) and side > 0 for side in hint)):
         raise GridError(f"grid={hint!r} must be two positive integers (rows, columns), in image tokens")
 
 

@@ -61,18 +61,14 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: KVMethod) -> AttentionS
         known = {site.x: beside(surgeon, site.x, tokens, 1, site.before, site.after)}
         rep = surgeon.constant(f"bigain_nearest_{site.grid[0]}x{site.grid[1]}_{method.factor}",
                                nearest_tokens(site.grid, method.factor).unsqueeze(0), like=sdpa)  # fmt: skip
-    fewer = Fewer(surgeon, site.layouts, site.tokens, left, rep)
+    fewer = Fewer(surgeon, site.layouts, left, rep)
     fewer.replay(sorted({*site.paths["k"], *site.paths["v"]}), known)
-    args = [query, known[key], known[value], *sdpa.args[3:]]  # type: ignore[index]
-    kwargs = dict(sdpa.kwargs)
-    if (mask := mask_of(sdpa)) and shape_of(mask)[-1] > 1:
+    mask = mask_of(sdpa)
+    if mask and shape_of(mask)[-1] > 1:
         with surgeon.graph.inserting_before(sdpa):
-            fewer_keys = fewer.pick(mask, (-1,), (*site.layouts[sdpa][:-1], site.layouts[key][-2]))  # type: ignore[index]
-        args, kwargs = (
-            [*args[:3], fewer_keys, *args[4:]],
-            {name: v for name, v in kwargs.items() if name != "attn_mask"},
-        )
-    sdpa.args, sdpa.kwargs = tuple(args), kwargs
+            mask = fewer.pick(mask, (-1,), (*site.layouts[sdpa][:-1], site.layouts[key][-2]))  # type: ignore[index]
+    sdpa.args = (query, known[key], known[value], mask, *sdpa.args[4:])  # type: ignore[index]
+    sdpa.kwargs = {name: value for name, value in sdpa.kwargs.items() if name != "attn_mask"}
     layouts = {node: layout for node, layout in site.layouts.items() if node not in (key, value)}
     return replace(site, paths={**site.paths, "k": (), "v": ()}, layouts=layouts)
 

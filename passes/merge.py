@@ -53,16 +53,13 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
     regions: Sequence[tuple[Node, Region]] = site.block
     if method.scope == "attention":
         site = separated(surgeon, site, {node for path in site.paths.values() for node in path})
-        inner = sorted({node for path in site.paths.values() for node in path})
-        output = site.output
-        nodes = (*inner, *output.nodes)
-        regions = [(site.x, Region(nodes, output.exits, output.loose, output.joins, site.layouts))]
+        regions = [(site.x, site.region)]
     left = tokens_after(site, method)
     with surgeon.after(site.x):
         assign, rep = _plan(surgeon, site, method, left)
     for source, region in regions:
         before, _, after = parts(region.layouts[source][1])
-        fewer = Fewer(surgeon, region.layouts, site.tokens, left, rep)
+        fewer = Fewer(surgeon, region.layouts, left, rep)
         with surgeon.after(max(source, assign, rep)):
             tokens = rows_of(surgeon, source, 1, before, after)
             merged = surgeon.emit(bigain.merge.default, (tokens, assign, left), like=site.sdpa)

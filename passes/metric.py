@@ -42,7 +42,8 @@ def stream(x: Node, modulated: bool = False) -> Metric | None:
             continue
         if node.target not in _AFFINE:
             return None
-        whole = [operand for operand in node.all_input_nodes if shape_of(operand) == shape_of(node)]
+        same = [operand for operand in node.all_input_nodes if shape_of(operand) == shape_of(node)]
+        whole = [operand for operand in same if not _is_constant(operand)]
         others = [operand for operand in node.all_input_nodes if operand not in whole]
         weighted = bool(others) and all(_is_channel_weight(operand) for operand in others)
         if len(whole) != 1 or not (modulated or weighted):
@@ -51,20 +52,34 @@ def stream(x: Node, modulated: bool = False) -> Metric | None:
 
 
 def _spelled_rms_norm(node: Node) -> Node | None:
-    """``u`` if ``node`` is ``u * rsqrt(mean(u ** 2) + eps)``."""
-    if node.target is not aten.mul.Tensor:
+    """``u`` if ``node`` is ``u * rsqrt(mean(u ** 2) + eps)`` or ``u / sqrt(mean(u ** 2) + eps)``."""
+    operands: list[Any] = [item for item in node.args[:2] if isinstance(item, Node)]
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or len(operands) != 2:
         return None
-    for u, scale in (node.args[:2], node.args[1::-1]):
-        chain: Any = scale
-        for target in (aten.rsqrt.default, aten.add.Tensor, aten.mean.dim, aten.pow.Tensor_Scalar):
-            chain = without_casts(chain) if isinstance(chain, Node) else None
-            if chain is None or chain.target is not target:
-                break
-            chain = chain.args[0]
-        else:
-            if isinstance(u, Node) and without_casts(chain) is without_casts(u):
+    root = aten.rsqrt.default if node.target is aten.mul.Tensor else aten.sqrt.default
+    for u, scale in (operands, operands[::-1])[: 1 if root is aten.sqrt.default else 2]:
+        chain = without_casts(scale)
+        if chain.target is root and (squared := _mean_of(without_casts(chain.args[0]))) is not None:  # type: ignore[arg-type]
+            source = _squared(squared)
+            if source is not None and without_casts(source) is without_casts(u):
                 return without_casts(u)
     return None
+
+
+def _mean_of(total: Node) -> Node | None:
+    """``s`` if ``total`` is ``mean(s, -1, keepdim=True) + eps``."""
+    mean = next((without_casts(item) for item in total.all_input_nodes), None)
+    if total.target not in (aten.add.Tensor, aten.add.Scalar) or len(total.all_input_nodes) != 1 or mean is None:
+        return None
+    last = mean.target is aten.mean.dim and [*mean.args[1]] in ([-1], [len(shape_of(mean)) - 1])  # type: ignore[misc]
+    return without_casts(mean.args[0]) if last else None  # type: ignore[arg-type]
+
+
+def _squared(node: Node) -> Node | None:
+    """``u`` if ``node`` is its square."""
+    twice = node.target is aten.mul.Tensor and node.args[0] is node.args[1]
+    power = node.target is aten.pow.Tensor_Scalar and node.args[1] == 2
+    return node.args[0] if twice or power or node.target is aten.square.default else None  # type: ignore[return-value]
 
 
 def _is_channel_weight(node: Node) -> bool:

@@ -75,6 +75,7 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
         RewriteError: an alpha schedule without a timestep input.
     """
     check_form(grid)
+    grid = None if grid is None else (grid[0], grid[1])
     result = GraphModule(module, copy.deepcopy(module.graph))
     surgeon = Surgeon(result)
     canonicalize(surgeon)

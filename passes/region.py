@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from bigain_fx.passes.arguments import NORMS, SDPA, shows_its_input, written_by
-from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, descendants, names, parts
+from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, descendants, names, parts, shape_of
 from bigain_fx.passes.grid import CONVOLUTIONS, sample_inputs
 from bigain_fx.passes.rules import from_elsewhere, lined_up, propagate
 
@@ -38,9 +38,15 @@ class Region:
 
 
 def features(graph: Graph) -> Set[Node]:
-    """What depends on the sample or on a layer of the model; what does not is positions, masks, constants."""
+    """What depends on the sample or on a layer of the model, or is given and added (the residuals of a ControlNet).
+
+    All else is positions, masks, constants.
+    """
     layers = [node for node in graph.nodes if node.target in _LAYERS]
-    return descendants([*sample_inputs(graph), *layers], graph)
+    given = descendants(graph.find_nodes(op="placeholder"), graph)
+    adds = [node for node in graph.nodes if node.target in _ADDS]
+    added = {source for node in adds for source in node.all_input_nodes if len(shape_of(source)) > 2} & given
+    return {*descendants([*sample_inputs(graph), *layers], graph), *added}
 
 
 def step(node: Node, layouts: Mapping[Node, Layout], learned: Set[Node]) -> Layout | Refusal:
@@ -53,6 +59,8 @@ def check_company(node: Node, layout: Layout, layouts: Mapping[Node, Layout], le
     """Why what ``node`` meets from elsewhere, with a value for every token, cannot follow a change of the tokens."""
     beside = lined_up(node, layout, layouts)
     for operand, dims in from_elsewhere(node, layout, layouts).items():
+        if writer := written_by(operand):
+            return Refusal(f"meets {operand.name}, which {writer.name} changes in place", node.name)
         if operand in learned:
             return Refusal(f"meets {operand.name}, which has a value for every token", node.name)
         if any(len(parts(beside[dim])[1]) > 1 for dim in dims):

@@ -40,6 +40,7 @@ from bigain_fx.passes.axes import (
 )
 
 Layouts = Mapping[Node, Layout]
+_JOINS = POINTWISE | CONCATENATIONS | {aten.stack.default, aten.pad_sequence.default}
 Rule = Callable[[Node, Layouts], Layout | Refusal]
 
 
@@ -52,6 +53,8 @@ def propagate(node: Node, layouts: Layouts) -> Layout | Refusal:
     rule = RULES.get(node.target)
     if rule is None:
         return Refusal(f"no rule for {node.target}", node.name)
+    if node.args[0] not in layouts and node.target not in _JOINS:
+        return Refusal("reads its tokens from elsewhere", node.name)
     return rule(node, layouts)
 
 
@@ -144,6 +147,8 @@ def _expansion(node: Node, layouts: Layouts) -> Layout | Refusal:
     shape, layout = shape_of(node), layouts[node.args[0]]  # type: ignore[index]
     sizes = shape_of(node.args[0])  # type: ignore[arg-type]
     more = len(shape) - len(sizes)
+    if more < 0:
+        return Refusal("tokens are repeated", node.name)
     layout, sizes = (*[()] * more, *layout), (*[1] * more, *sizes)
     if any(names(dim) and old != new for dim, old, new in zip(layout, sizes, shape, strict=True)):
         return Refusal("tokens are repeated", node.name)
@@ -155,8 +160,6 @@ def _over_channels(first: Callable[[Node, Layout], int]) -> Rule:
 
     def rule(node: Node, layouts: Layouts) -> Layout | Refusal:
         source = node.args[0]
-        if source not in layouts:
-            return Refusal("reads its tokens from elsewhere", node.name)
         layout = layouts[source]  # type: ignore[index]
         if any(argument in layouts for argument in node.all_input_nodes if argument is not source):
             return Refusal("its weights depend on the tokens", node.name)
@@ -165,6 +168,11 @@ def _over_channels(first: Callable[[Node, Layout], int]) -> Rule:
         return _fit(layout, shape_of(node))
 
     return rule
+
+
+def _linear(node: Node, layouts: Layouts) -> Layout | Refusal:
+    mixed = names(layouts[node.args[0]][-1])  # type: ignore[index]
+    return Refusal("tokens are mixed", node.name) if mixed else LAST(node, layouts)
 
 
 def _reduction(argument: int) -> Rule:
@@ -256,7 +264,7 @@ def _stack(node: Node, layouts: Layouts) -> Layout | Refusal:
 
 def _attention(node: Node, layouts: Layouts) -> Layout | Refusal:
     query, *others = node.all_input_nodes
-    if query not in layouts or any(TOKENS in names(dim) for other in others for dim in layouts.get(other, ())):
+    if any(TOKENS in names(dim) for other in others for dim in layouts.get(other, ())):
         return Refusal("tokens are mixed", node.name)
     return (*layouts[query][:-1], named("", shape_of(node)[-1]))
 
@@ -287,7 +295,7 @@ RULES: dict[Any, Rule] = {
     aten.sum.dim_IntList: _reduction(1),
     aten.linalg_vector_norm.default: _reduction(2),
     aten.softmax.int: _softmax,
-    aten.linear.default: LAST,
+    aten.linear.default: _linear,
     aten.layer_norm.default: NORMALIZED,
     aten.rms_norm.default: NORMALIZED,
     aten.group_norm.default: _over_channels(lambda node, layout: 1),

@@ -7,6 +7,7 @@ projected from, down to the last nodes before the branch meets all tokens again.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
@@ -45,6 +46,7 @@ class AttentionSite:
             "Metric").
         above: the input of the norm above ``x``, whatever modulates it in between; None if there is none.
         paths: for each of ``"q"``, ``"k"``, ``"v"``: the nodes after ``x`` up to the SDPA operand, in graph order.
+        carriers: the linear layers of ``paths`` that project more than one thing, and what splits their results.
         output: the region after the SDPA.
         block: regions of the whole block, each with the tensor whose tokens it takes: those that read ``x``, the
             attention among them, then each later branch of the residual stream up to the next attention.
@@ -60,6 +62,7 @@ class AttentionSite:
     direct: Metric | None
     above: Metric | None
     paths: Mapping[str, tuple[Node, ...]] = field(repr=False)
+    carriers: Set[Node] = field(repr=False)
     output: Region = field(repr=False)
     block: tuple[tuple[Node, Region], ...] = field(repr=False)
     layouts: Mapping[Node, Layout] = field(repr=False)
@@ -68,6 +71,12 @@ class AttentionSite:
     def tokens(self) -> int:
         """``N``, the image tokens."""
         return shape_of(self.x)[1] - self.before - self.after
+
+    @property
+    def region(self) -> Region:
+        """All that runs on fewer tokens where the attention alone does."""
+        inner = sorted({node for path in self.paths.values() for node in path})
+        return replace(self.output, nodes=(*inner, *self.output.nodes), layouts=self.layouts)
 
     @property
     def batch(self) -> int:
@@ -127,6 +136,13 @@ def find_sites(graph: Graph, hint: Grid | None = None) -> tuple[dict[Node, Atten
     found = {
         node: place if isinstance(place, Refusal) else _match(node, place, around) for node, place in places.items()
     }
+    # To cut a layer that projects for two attentions, for one of them, is to take it from the other.
+    uses = Counter(layer for site in found.values() if isinstance(site, AttentionSite) for layer in site.carriers)
+    for node, site in found.items():
+        shared = [layer for layer in site.carriers if uses[layer] > 1] if isinstance(site, AttentionSite) else []
+        if shared:
+            layer = min(shared)
+            found[node] = Refusal(f"{layer.name} projects for another attention too", layer.name)
     return found, around
 
 
@@ -184,10 +200,10 @@ def _match(sdpa: Node, place: _Place, around: Surroundings) -> AttentionSite | R
         if outside:
             return Refusal(f"{node.name} is also read outside the attention, by {outside[0].name}", node.name)
     for node in (x, *(metric.source for metric in (place.direct, place.above) if metric)):
-        if changed := written_by(node):
+        if (changed := written_by(node)) and (node is x or changed < x):
             return Refusal(f"{node.name} is changed in place by {changed.name}", node.name)
     return AttentionSite(
-        module_name(sdpa), sdpa, x, before, after, place.grid, place.direct, place.above, paths, output, (),
+        module_name(sdpa), sdpa, x, before, after, place.grid, place.direct, place.above, paths, carriers, output, (),
         {**layouts, **output.layouts},
     )  # fmt: skip
 

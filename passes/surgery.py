@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -26,13 +27,19 @@ def _kind(node: Node) -> Any:
 
 
 class Surgeon:
-    """Edits one graph module in place, on behalf of one attention at a time."""
+    """Edits one graph module in place, on behalf of one attention at a time.
+
+    Attributes:
+        picked: what was taken of positions and the like for some tokens: every attention takes the same.
+    """
 
     def __init__(self, module: GraphModule) -> None:
         self.module, self.graph = module, module.graph
+        self.picked: dict[Any, Node] = {}
         self._values: dict[str, Any] = {}
+        self._constants: dict[str, Node] = {}
         vals = [node.meta.get("val") for node in module.graph.nodes]
-        self._mode = next(value.fake_mode for value in vals if hasattr(value, "fake_mode"))
+        self._mode = next((value.fake_mode for value in vals if hasattr(value, "fake_mode")), None) or FakeTensorMode()
 
     def emit(self, target: Any, args: tuple[Any, ...], like: Node, kwargs: Mapping[str, Any] | None = None) -> Node:
         """Create one call at the current insertion point; its provenance is that of ``like``."""
@@ -45,9 +52,9 @@ class Surgeon:
                 self._values[key] = target(*concrete[0], **concrete[1])
         node.meta["val"] = self._values[key]
         node.meta["origin"] = like.meta.get("origin", like.name)
-        for key in ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack"):
-            if key in like.meta:
-                node.meta[key] = like.meta[key]
+        for origin in ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack"):
+            if origin in like.meta:
+                node.meta[origin] = like.meta[origin]
         return node
 
     def item(self, source: Node, index: int) -> Node:
@@ -57,12 +64,13 @@ class Surgeon:
         return node
 
     def constant(self, name: str, value: Tensor, like: Node) -> Node:
-        """A buffer of the module, made once per ``name``."""
-        if not hasattr(self.module, name):
+        """A buffer of the module, made once per ``name``, and read once, before all else."""
+        if name not in self._constants:
             self.module.register_buffer(name, value.to(like.meta["val"].device), persistent=False)
-        node = self.graph.get_attr(name)
-        node.meta["val"] = self._mode.from_tensor(getattr(self.module, name))
-        return node
+            with self.after(next(iter(self.graph.nodes))):
+                self._constants[name] = node = self.graph.get_attr(name)
+            node.meta["val"] = self._mode.from_tensor(getattr(self.module, name))
+        return self._constants[name]
 
     @contextmanager
     def after(self, node: Node) -> Iterator[None]:

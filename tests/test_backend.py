@@ -316,6 +316,8 @@ MISNAMED = timed()
          "mode='max-autotune' is inductor's"),
         (lambda: plain(options={"method": MERGE, "grid": (3, 3)}), bgx.GridError, r"grid=\(3, 3\) contradicts"),
         (lambda: plain(options={"method": MERGE, "grid": lambda _: (4, 6)}), bgx.InputError, "grid=.* is a function"),
+        (lambda: plain(options={"method": MERGE, "grid": 64}), bgx.GridError, "grid=64 must be two positive integers"),
+        (lambda: plain(options={"method": iter([MERGE])}), bgx.MethodError, "read only once.*give a list"),
         (lambda: plain(options={"method": SCHEDULE}), bgx.RewriteError, r"inputs \['image'\] is called timestep"),
         (lambda: plain(dynamic=True, options={"method": MERGE}), bgx.InputError,
          r"image has the symbolic shape \(.*s\d+.*\); call torch.compile with dynamic=False"),

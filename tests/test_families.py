@@ -183,6 +183,8 @@ def shuffled(rows: int, columns: int) -> Tensor:
         ({"img_shapes": [[(1, 4, 6), (1, 4, 6)]]}, "several images or frames"),
         ({"img_shapes": [[(3, 4, 6)]]}, "several images or frames"),
         ({"img_shapes": [[(1, 4, 6)], [(1, 6, 4)]]}, "from sample to sample"),
+        ({"img_shapes": (64, 64)}, "for each image; pass grid="),
+        ({"img_shapes": [(4, 6)]}, "for each image; pass grid="),
         ({"img_ids": None, "img_shapes": None, "sample": TOKENS}, None),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ import json
 import logging
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -634,3 +635,25 @@ def test_writes_and_changes_under_inductor(said: Callable[[], list[str]]) -> Non
         torch.testing.assert_close(fast(IMAGE), m(IMAGE), rtol=1e-4, atol=1e-3)
     assert counter.frame_count == 2
     assert len(said()) == 1
+
+
+def test_threads_share_it() -> None:
+    """Each call runs the graph of its own inputs, whoever captures or calls beside it."""
+    torch.manual_seed(0)
+    model = toys.Separate().eval()
+    images = [torch.randn(1, 3, 4 + 2 * (index % 4), 6) for index in range(64)]
+    alone = bgx.optimize(model, method=bgx.LaplacianMerge(0.5), backend="eager")
+    expected = [alone(image) for image in images]
+    shared = bgx.optimize(model, method=bgx.LaplacianMerge(0.5), backend="eager")
+    with ThreadPoolExecutor(8) as pool:
+        for output, value in zip(pool.map(shared, images), expected, strict=True):
+            assert torch.equal(output, value)
+
+
+def test_a_list_is_given_back_as_it_is() -> None:
+    class Listing(toys.Separate):
+        def forward(self, image: Tensor, return_dict: bool = True) -> list[Tensor]:  # type: ignore[override]
+            return [super().forward(image)]
+
+    fast = bgx.optimize(Listing().eval(), method=bgx.LaplacianMerge(0.5), backend="eager")
+    assert isinstance(fast(toys.image(), return_dict=False), list)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import bigain_fx as bgx
 from bigain_fx.capture import CallBinder, capture, flat_tensors
+from bigain_fx.passes import ops
 from bigain_fx.passes.methods import normalize
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.regions import as_regions
 from tests import toys
 
 IMAGE = toys.image()
+OPS = Path(ops.__file__).parent
 METHODS = {
     "merge": bgx.LaplacianMerge(0.5, levels=None),
     "tome": bgx.ToMe(0.5, levels=None),
@@ -68,3 +73,24 @@ def test_every_shape_has_a_region_of_its_own() -> None:
         regions |= {node.target for node in module.graph.nodes} - targets
         assert torch.equal(module(*flat_tensors(arguments))[0], before)
     assert len(regions) == 20
+
+
+@pytest.mark.parametrize("through", ["optimize", "backend"])
+def test_compiled_code_is_cached_under_the_source_of_the_operators(through: str) -> None:
+    """Torch's key names the operators of a graph; it does not read what they decompose to."""
+    tags: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        tags.append(torch.compiler.config.cache_key_tag)
+        return graph
+
+    model = toys.Separate().eval()
+    with torch.compiler.config.patch(cache_key_tag="mine"), torch.no_grad():
+        if through == "optimize":
+            bgx.optimize(model, (IMAGE,), method=METHODS["merge"], backend=keep)(IMAGE)
+        else:
+            options = {"method": METHODS["merge"], "backend": keep}
+            torch.compile(model, backend="bigain", dynamic=False, options=options)(IMAGE)
+        assert torch.compiler.config.cache_key_tag == "mine"
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(OPS.glob("*.py")))).hexdigest()
+    assert tags == [f"mine bigain-fx {digest}"]

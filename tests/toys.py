@@ -194,9 +194,20 @@ class Chained(Toy):
         return super().branch(y, y)
 
 
+class InPlace(Toy):
+    """The residual and the input's scale are arithmetic in place, as ``+=`` and ``*=`` are."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        residual = self.tokens(image)
+        x = self.norm(residual)
+        x *= 1.5
+        residual += self.branch(x, x)
+        return residual
+
+
 REWRITTEN: list[type[Toy]] = [
     Separate, LiteralSizes, FusedProjection, FusedUnbind, NormedHeads, Casts, Gated, Modulated, GroupNormed,
-    PositionsAdded, LowRank,
+    PositionsAdded, LowRank, InPlace,
 ]  # fmt: skip
 
 
@@ -275,12 +286,19 @@ class MixedKeys(Toy):
 
 
 class ChangedInPlace(Toy):
-    """Near miss of Separate: the attention's input is overwritten after its projections."""
+    """Near miss of Separate: the attention's input is overwritten after its projections, under another name."""
 
     def branch(self, x: Tensor, metric: Tensor) -> Tensor:
         q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
-        x.mul_(2)
+        x.unsqueeze(0).mul_(2)
         return self.out(self.attend(q, k, v)) + x.mean(1, keepdim=True)
+
+
+class Kernel(Toy):
+    """Near miss of Separate: a kernel is called by name, as some attention backends do."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return join(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0])
 
 
 REFUSED: list[tuple[type[Toy], str]] = [
@@ -295,6 +313,7 @@ REFUSED: list[tuple[type[Toy], str]] = [
     (Reused, "also read outside"),
     (MixedKeys, "tokens are mixed"),
     (ChangedInPlace, "is changed in place"),
+    (Kernel, "attention by aten._scaled_dot_product_flash_attention_for_cpu.default: only scaled_dot_product"),
 ]
 
 

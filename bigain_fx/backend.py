@@ -180,6 +180,11 @@ def bigain(
         return chosen.compile(gm, example_inputs)
     names = _names(gm, inputs, frame)
     _check(frame, dict(zip(names, inputs, strict=True)))
+    if chosen.grid is not None and "img_ids" in names:
+        raise InputError(
+            f"grid={chosen.grid!r}: img_ids tells the grid, and Dynamo does not look at its values: another size of as "
+            "many tokens would get this graph; use bigain_fx.optimize"
+        )
     methods = resolve(chosen.methods, frame.model)
     captured = _lower(gm, inputs, names)
     try:
@@ -187,7 +192,7 @@ def bigain(
     except RewriteError as error:
         raise RewriteError(f"{error} (a number is no input of a compiled graph: pass it as a tensor)") from None
     report = Report.of(frame.name, methods, rewritten)
-    log.info("%s", report.headline)
+    log.log(logging.INFO if report.rewritten or not methods else logging.WARNING, "%s", report.headline)
     log.debug("%s", report)
     return chosen.compile(_with_weights_as_inputs(rewritten.module, gm, inputs, names), example_inputs)
 

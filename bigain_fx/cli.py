@@ -17,7 +17,7 @@ from bigain_fx.passes.errors import BigainError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-MODEL_HELP = "mnist-dit, mnist-unet, sd2, sdxl, dit-xl-2, pixart, or a diffusers folder"
+MODEL_HELP = "mnist-dit, mnist-unet, sd2, sdxl, dit-xl-2, pixart, sd3, flux, or a diffusers folder"
 METHODS_HELP = (
     "dense, tome:RATIO[:block], bigain-tm:RATIO[:block], todo:FACTOR, bigain-td:FACTOR[:ALPHA or :NOISY..CLEAN]; "
     "'+' joins two"
@@ -68,7 +68,10 @@ def inspect(
 
     methods = parse_list(method)
     workload = load(model, size=size, batch=batch, device="meta")
-    reports = [bgx.inspect(workload.model, workload.args, workload.kwargs, method=m) for m in methods.values()]
+    reports = [
+        bgx.inspect(workload.model, workload.args, workload.kwargs, method=m, grid=workload.grid)
+        for m in methods.values()
+    ]
     if as_json:
         print(json.dumps([report.to_dict() for report in reports], indent=1))
         return

@@ -174,7 +174,7 @@ def grid_for(hint: GridHint, arguments: Mapping[str, Any], read: Reading) -> Rea
     """The grid that the caller gives, as ``(rows, columns)`` or a function of the arguments; else what was ``read``.
 
     Raises:
-        GridError: what the caller gives is no pair, or contradicts the inputs.
+        GridError: what the caller gives is no pair, contradicts the inputs, or is for a video.
     """
     given = hint(arguments) if callable(hint) else hint
     if given is None:
@@ -182,6 +182,11 @@ def grid_for(hint: GridHint, arguments: Mapping[str, Any], read: Reading) -> Rea
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise GridError(f"grid={given!r} must be two positive integers (rows, columns), in image tokens")
     rows, columns = given
+    frames = arguments.get("num_frames")
+    if isinstance(frames, int) and frames > 1:
+        raise GridError(
+            f"grid={given!r}: the tokens are those of num_frames={frames}; a grid is one image, not a video"
+        )
     if read.grid not in (None, (rows, columns)):
         raise GridError(f"grid={given!r} contradicts the inputs, whose grid is {read.grid}")
     return Reading((rows, columns))

@@ -7,7 +7,8 @@ of the image rows alone) become values::
     part.copy_(value)                   ->     read(whole)
     read(t)
 
-and so does arithmetic in place, ``h += y``, where nothing reads the old memory afterwards under another name.
+and so does arithmetic in place, ``h += y``, where nothing reads the old memory afterwards under another name. Equal
+views of one tensor (every attention unsqueezes the rotary angles anew) become one node.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from typing import Any
 
 from torch.fx import Node
 
-from bigain_fx.passes.arguments import aliases, cut_dim, shows_its_input, slice_range
+from bigain_fx.passes.arguments import (
+    CASTS,
+    VIEWS,
+    aliases,
+    cut_dim,
+    shows_its_input,
+    slice_range,
+    written_by,
+)
 from bigain_fx.passes.axes import aten, shape_of
 from bigain_fx.passes.surgery import Surgeon
 
@@ -47,6 +56,7 @@ _IN_PLACE: Mapping[Any, Any] = {
     aten.add_.Tensor: aten.add.Tensor, aten.sub_.Tensor: aten.sub.Tensor, aten.mul_.Tensor: aten.mul.Tensor,
     aten.div_.Tensor: aten.div.Tensor, aten.add_.Scalar: aten.add.Scalar, aten.mul_.Scalar: aten.mul.Scalar,
 }  # fmt: skip
+_SHARED = VIEWS | CASTS | {aten.slice.Tensor, aten.expand.default}
 
 
 def canonicalize(surgeon: Surgeon) -> None:
@@ -63,8 +73,9 @@ def canonicalize(surgeon: Surgeon) -> None:
         if part.target is aten.slice.Tensor and not copy.users and _is_alone(part, copy):
             _replace(surgeon, copy, part)
     for node in [node for node in surgeon.graph.nodes if node.target in _IN_PLACE]:
-        if _is_last_name(node):
+        if not _names_read_after(node):
             _as_value(surgeon, node)
+    _share_views(surgeon)
 
 
 def _is_alone(part: Node, copy: Node) -> bool:
@@ -72,20 +83,30 @@ def _is_alone(part: Node, copy: Node) -> bool:
     return slice_range(part)[2] == 1 and _names_read_after(copy) <= {part.args[0]}
 
 
-def _is_last_name(node: Node) -> bool:
-    """Whether what ``node`` changed is read, after it, as its result alone."""
-    return not _names_read_after(node)
-
-
 def _names_read_after(write: Node) -> set[Any]:
     """What shows, under an older name, the memory that ``write`` changes, and is read later; unknown of an input's."""
-    root: Any = write.args[0]
-    while shows_its_input(root):
-        root = root.args[0]
+    root = _root(write.args[0])
     if root.op != "call_function":
         return {None}
     older = {alias for alias in aliases(root) if alias < write}
     return {alias for alias in older if any(user > write for user in alias.users)}
+
+
+def _root(node: Any) -> Node:
+    """What ``node`` shows the memory of, through any number of views."""
+    while shows_its_input(node):
+        node = node.args[0]
+    return node  # type: ignore[no-any-return]
+
+
+def _share_views(surgeon: Surgeon) -> None:
+    """Read the first of several equal views or casts, unless somebody writes into what they show."""
+    first: dict[str, Node] = {}
+    for node in [node for node in surgeon.graph.nodes if node.target in _SHARED]:
+        same = first.setdefault(str((node.target, node.args, node.kwargs)), node)
+        if same is not node and not any(written_by(item) for item in (_root(node), node, same)):
+            node.replace_all_uses_with(same)
+            surgeon.graph.erase_node(node)
 
 
 def _as_value(surgeon: Surgeon, node: Node) -> None:

@@ -34,6 +34,8 @@ from tests.zoo_named import NAMED
 COMPILED_TOLERANCE = 1e-3
 MATCHED = tuple(case for case in NAMED if case.sites)
 REFUSED = tuple(case for case in NAMED if not case.sites)
+BLOCKS = tuple(case for case in NAMED if case.name in ("dit", "sd1", "flux", "flux2", "sd3"))
+"""One of each kind of block: with and without cross-attention, joint, parallel."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,6 +65,18 @@ def test_rewritten_as_by_hand(case: Case, applied: Applied) -> None:
     expected = tensors(by_hand.run(loaded.model, loaded.inputs, case.sites, **applied.by_hand))
     assert relative(expected, loaded.output) > 100 * TOLERANCE, "the case would not notice a dense model"
     assert relative(tensors(fast(**loaded.inputs)), expected) <= TOLERANCE
+
+
+@each(BLOCKS)
+def test_block_scope(case: Case) -> None:
+    """The same attentions, and the layers around them run on the merged tokens too."""
+    fast, loaded = optimize(case, bgx.LaplacianMerge(0.5, levels=None, scope="block")), load(case)
+    check_report(case, fast.report, "merge")
+    attention = optimize(case, MERGE.method)
+    assert fast.report.flops_after < attention.report.flops_after
+    result = tensors(fast(**loaded.inputs))
+    assert relative(result, loaded.output) > 100 * TOLERANCE
+    assert relative(result, tensors(attention(**loaded.inputs))) > 100 * TOLERANCE
 
 
 @each(REFUSED)
@@ -102,7 +116,7 @@ def test_lumina_2_reads_lengths_from_its_mask() -> None:
         "encoder_attention_mask": torch.ones(2, 5, dtype=torch.bool),
     }
     assert model(**inputs).sample.shape == sample.shape
-    with pytest.raises(CaptureError, match="cannot capture Lumina2Transformer2DModel"):
+    with pytest.raises(CaptureError, match="Lumina2Transformer2DModel: unhashable type: non-nested SymInt"):
         bgx.optimize(model, (), inputs, method=MERGE.method, backend="eager")
 
 

@@ -21,6 +21,7 @@ import bigain_fx as bgx
 from bigain_fx.backend import bigain
 from tests import toys
 from tests.test_optimize import SAMPLE, TEXT, dit, first, unet
+from tests.zoo_named import NAMED
 
 MERGE, SCHEDULE = bgx.LaplacianMerge(0.5), bgx.KVDownsample(2, bgx.LinearAlpha(t_noisy=999, t_clean=0))
 STEP, IMAGE = torch.tensor(700.0), toys.image()
@@ -370,3 +371,19 @@ def test_the_name_is_registered() -> None:
     model, image = toys.Separate().eval(), toys.image()
     fast = torch.compile(model, backend="bigain", dynamic=False, options={"method": MERGE, "backend": "eager"})
     torch.testing.assert_close(fast(image), bgx.optimize(model, method=MERGE, backend="eager")(image))
+
+
+def test_a_grid_beside_img_ids_is_refused() -> None:
+    """Dynamo guards no values: 8x12 and 12x8 tokens would share a graph."""
+    case = next(case for case in NAMED if case.name == "flux")
+    model, inputs = case.build(), case.inputs()
+    refused = compiled(model, MERGE, grid=case.sites[0].grid)
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match=r"img_ids tells the grid.*use bigain_fx.optimize"):
+        refused(**inputs)
+
+
+def test_nothing_rewritten_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    case = next(case for case in NAMED if case.name == "flux")
+    with torch.no_grad(), caplog.at_level(logging.INFO, "bigain_fx"):
+        compiled(case.build(), MERGE)(**case.inputs())
+    assert [record.levelname for record in caplog.records if record.name == "bigain_fx"] == ["WARNING"]

@@ -32,8 +32,17 @@ TOLD = {
         r"\b(t|timestep|t\.flatten\(\)|t\.float\(\)|t\.expand\(.*\)) / "
         r"(1000\b(?!\.| -)|(self|components)\.scheduler|num_)"
     ),
+    STEPS: (
+        r"\bt(\.unsqueeze\(0\))?\.(expand|repeat)\(|\b(timestep=|current_timestep = |timesteps = |t_unet = )t\b|"
+        r"(input|image|sample|latents?),\s+t,|\.unet\(\w+, t\b|torch\.tensor\(\[t\]|torch\.full\(.*, t\b"
+    ),
 }
-"""What a pipeline does to its scheduler's step, looked for in this order; nothing of it: it passes the step."""
+"""What a pipeline does to its scheduler's step, looked for in this order."""
+OTHERWISE = {
+    "pipeline_score_sde_ve": "self.unet(sample, sigma_t)",
+    "pipeline_stable_diffusion_latent_upscale": "torch.log(sigma)",
+}
+"""Pipelines of noise levels of their own, which nothing in their U-Nets tells."""
 
 
 @cache
@@ -51,13 +60,15 @@ def pipelines() -> dict[str, dict[str, str]]:
     return found
 
 
-def told(text: str) -> tuple[float, float]:
-    return next((units for units, pattern in TOLD.items() if re.search(pattern, text)), STEPS)
+def told(text: str) -> tuple[float, float] | None:
+    return next((units for units, pattern in TOLD.items() if re.search(pattern, text)), None)
 
 
 @pytest.mark.parametrize("name", UNITS)
 def test_the_units_are_what_the_pipelines_pass(name: str) -> None:
-    texts = pipelines()[name]
+    texts = dict(pipelines()[name])
+    for stem in texts.keys() & OTHERWISE.keys():
+        assert OTHERWISE[stem] in texts.pop(stem)
     assert texts, "no pipeline takes it"
     units = UNITS[name]
     if callable(units):
@@ -293,3 +304,10 @@ def test_ids_that_tell_no_grid_are_said(caplog: pytest.LogCaptureFixture) -> Non
     (warning,) = said(caplog)
     assert warning == "Packed: img_ids names several images or frames; pass grid=, if one grid holds them all"
     assert fast.report.sites[0].action == "kept"
+
+
+def test_a_grid_for_a_video_is_an_error() -> None:
+    """LTX takes packed tokens of all frames: any grid of as many tokens would merge across frames."""
+    with pytest.raises(bgx.GridError, match=r"grid=\(24, 12\): the tokens are those of num_frames=3"):
+        families.grid_for((24, 12), {"num_frames": 3, "height": 8, "width": 12}, Reading())
+    assert families.grid_for((8, 12), {"num_frames": 1}, Reading()).grid == (8, 12)

@@ -58,7 +58,6 @@ def test_guided_sampling_is_one_graph(backend: str) -> None:
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert not counters["recompiles"]
     assert torch.equal(first, second)
     assert len(pipe.unet.report.rewritten) == 3
     assert 1e-3 < (first - dense).norm() / dense.norm() < 1

@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import nn
 
+CROSS = {"*.attn2": "cross-attention"}
+"""Why most blocks of diffusers keep their second attention."""
+
 
 @dataclass(frozen=True)
 class Part:

@@ -26,12 +26,11 @@ from diffusers.models.embeddings import (
 )
 from torch import Tensor, nn
 
-from tests.zoo import Case, lively, site
+from tests.zoo import CROSS, Case, lively, site
 
 GRID = (8, 12)
 LATENT = (2 * GRID[0], 2 * GRID[1])
 TEXT = 5
-CROSS = {"*.attn2": "cross-attention"}
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from tests.zoo import Case, site
-from tests.zoo_more_kit import GRID, HEAD, HEADS, TEXT, WIDTH, case, noise, padded_mask, steps
+from tests.zoo import CROSS, Case, site
+from tests.zoo_more_kit import GRID, HEAD, HEADS, NO_GRID, TEXT, WIDTH, case, noise, padded_mask, steps
 from tests.zoo_more_unets import UNET
 
 LENGTH = 24
 """As many as `GRID` has cells."""
+ON_A_LINE = {"*.self_attn": NO_GRID, "*.cross_attn": "cross-attention"}
+"""Why the attentions of a waveform are kept."""
 
 
 def ace() -> dict[str, Any]:
@@ -71,14 +73,14 @@ AUDIO: tuple[Case, ...] = (
             "num_key_value_heads": 1, "head_dim": HEAD, "in_channels": 12, "audio_acoustic_hidden_dim": 4,
             "sliding_window": 4, "encoder_hidden_size": 12,
         },
-        ace,
+        ace, kept=ON_A_LINE,
     ),
     case("AudioLDM2UNet2DConditionModel", UNET | {"attention_head_dim": 2, "cross_attention_dim": ((None, 12),) * 2},
-         spectrogram, sites=SPECTRAL),
+         spectrogram, sites=SPECTRAL, kept=CROSS),
     case(
         "LongCatAudioDiTTransformer",
         {"dit_dim": WIDTH, "dit_depth": 1, "dit_heads": HEADS, "dit_text_dim": 12, "latent_dim": 4},
-        longcat,
+        longcat, kept=ON_A_LINE,
     ),
     case(
         "MiniMaxMusic3Transformer1DModel",
@@ -86,7 +88,7 @@ AUDIO: tuple[Case, ...] = (
             "in_channels": 4, "condition_dim": 12, "num_layers": 1, "num_attention_heads": HEADS,
             "attention_head_dim": HEAD, "ff_inner_dim": 48, "rotary_dim": 8, "fourier_embedding_dim": 16,
         },
-        lambda: waveform() | {"encoder_hidden_states": noise(2, LENGTH, 12)},
+        lambda: waveform() | {"encoder_hidden_states": noise(2, LENGTH, 12)}, kept={"*.attn": NO_GRID},
     ),
     case(
         "StableAudio3DiTModel",
@@ -94,7 +96,7 @@ AUDIO: tuple[Case, ...] = (
             "io_channels": 4, "embed_dim": WIDTH, "depth": 1, "num_heads": HEADS, "cond_token_dim": 12,
             "global_cond_dim": 10, "local_add_cond_dim": 5, "timestep_features_dim": 16, "num_memory_tokens": 4,
         },
-        lambda: waveform() | {"global_hidden_states": noise(2, 10)},
+        lambda: waveform() | {"global_hidden_states": noise(2, 10)}, kept=ON_A_LINE,
     ),
     case(
         "StableAudioDiTModel",
@@ -104,7 +106,7 @@ AUDIO: tuple[Case, ...] = (
             "cross_attention_dim": 12, "time_proj_dim": 16, "global_states_input_dim": 10,
             "cross_attention_input_dim": 12,
         },
-        stable_audio,
+        stable_audio, kept=CROSS | {"*.attn1": NO_GRID},
     ),
     case(
         "T5FilmDecoder",

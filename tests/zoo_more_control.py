@@ -9,18 +9,19 @@ import diffusers
 import torch
 from torch import nn
 
-from tests.zoo import Case, Part, Site, site
+from tests.zoo import CROSS, Case, Part, Site, lively, site
 from tests.zoo_more_joint import FLUX_LIKE, TEXT_FIRST, packed
 from tests.zoo_more_kit import (
     GRID,
     HEAD,
     HEADS,
+    NO_GRID,
+    NO_IMAGE,
     ROPE,
     TEXT,
     TOKENS,
     WIDTH,
     case,
-    enliven,
     make,
     noise,
     padded_mask,
@@ -113,7 +114,7 @@ def z_control() -> nn.Module:
         in_channels=4, n_layers=1, cap_feat_dim=12, axes_dims=list(ROPE), axes_lens=[64, 16, 16], **same
     )
     model = diffusers.ZImageControlNetModel(control_layers_places=[0], control_in_dim=4, **same)
-    return enliven(diffusers.ZImageControlNetModel.from_transformer(model, base))
+    return lively(diffusers.ZImageControlNetModel.from_transformer(model, base))
 
 
 def z_inputs() -> dict[str, Any]:
@@ -149,6 +150,7 @@ SD3 = {
     "pos_embed_max_size": 8,
 }  # fmt: skip
 HUNYUAN_SITES = (site("blocks.0.attn1", (6, 6)),)
+HUNYUAN_KEPT = CROSS | {"*time_extra_emb.pooler": "cross-attention"}
 QWEN_SITES = (site("transformer_blocks.0.attn", GRID, offset=TEXT),)
 SD3_SITES = (site("transformer_blocks.0.attn", GRID),)
 
@@ -156,7 +158,7 @@ CONTROLS: tuple[Case, ...] = (
     case("ControlNetUnionModel", CONTROL | {
         "num_control_type": 2, "num_trans_channel": 16, "num_trans_head": 2, "num_proj_channel": 16,
         "addition_time_embed_dim": 8,
-    }, union, sites=DOWN),
+    }, union, sites=DOWN, kept=CROSS | {"transformer_layes.*": NO_GRID}),
     case(
         "UNetControlNetXSModel",
         {
@@ -171,9 +173,11 @@ CONTROLS: tuple[Case, ...] = (
             *(f"mid_block.{half}_midblock.attentions.0" for half in ("base", "ctrl")),
             *(f"up_blocks.0.attentions.{index}" for index in range(3)),
         ),
+        kept=CROSS,
     ),
     case("FluxControlNetModel", FLUX_LIKE | {"pooled_projection_dim": 14}, flux_control, sites=TEXT_FIRST),
-    case("HunyuanDiT2DControlNetModel", HUNYUAN, hunyuan_control, sites=HUNYUAN_SITES),
+    case("HunyuanDiT2DControlNetModel", HUNYUAN, hunyuan_control, sites=HUNYUAN_SITES,
+         kept=HUNYUAN_KEPT),
     case("QwenImageControlNetModel", QWEN, qwen_control, sites=QWEN_SITES),
     case("SD3ControlNetModel", SD3, sd3_control, sites=SD3_SITES),
     case(
@@ -191,12 +195,12 @@ CONTROLS: tuple[Case, ...] = (
             "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion"), "motion_num_attention_heads": 2,
             "motion_max_seq_length": 4,
         },
-        sparse_control, sites=DOWN, kept={"*.motion_modules.*": "across images"},
+        sparse_control, sites=DOWN, kept=CROSS | {"*.motion_modules.*": "across images"},
     ),
     Case("ZImageControlNetModel", z_control, z_inputs, grid=FINE,
-         sites=(site("noise_refiner.0.attention", FINE),)),
-    Case("MultiControlNetModel", lambda: stacked("MultiControlNetModel", "ControlNetModel", CONTROL), multi,
-         sites=twice(DOWN)),
+         sites=(site("noise_refiner.0.attention", FINE),),
+         kept={"context_refiner.*": NO_IMAGE, "control_noise_refiner.*": NO_IMAGE, "control_layers.*": NO_GRID}),
+    Case("MultiControlNetModel", lambda: stacked("MultiControlNetModel", "ControlNetModel", CONTROL), multi),
     Case(
         "FluxMultiControlNetModel",
         lambda: stacked("FluxMultiControlNetModel", "FluxControlNetModel",
@@ -206,11 +210,6 @@ CONTROLS: tuple[Case, ...] = (
             "return_dict": False,
             "controlnet_mode": [torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.long)],
         },
-        # The mode is one more row of text.
-        sites=twice((
-            site("transformer_blocks.0.attn", GRID, offset=TEXT + 1),
-            site("single_transformer_blocks.0.attn", GRID, offset=TEXT + 1, x_offset=TEXT + 1),
-        )),
     ),
     Case(
         "HunyuanDiT2DMultiControlNetModel",
@@ -218,7 +217,7 @@ CONTROLS: tuple[Case, ...] = (
         lambda: hunyuan_control() | {
             "controlnet_cond": [noise(2, 4, 12, 12)] * 2, "conditioning_scale": [1.0, 0.5],
         },
-        sites=twice(HUNYUAN_SITES),
+        sites=twice(HUNYUAN_SITES), kept=HUNYUAN_KEPT,
     ),
     Case(
         "QwenImageMultiControlNetModel",

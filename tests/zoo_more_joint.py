@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 
-from tests.zoo import Case, Site, site
+from tests.zoo import Case, Site, fused_site, site
 from tests.zoo_more_kit import (
     GRID,
     HEAD,
     HEADS,
+    NO_GRID,
+    NO_IMAGE,
     ROPE,
     TEXT,
     TOKENS,
     WIDTH,
     case,
-    fused,
     image_ids,
     noise,
     padded_mask,
@@ -46,8 +47,6 @@ TEXT_FIRST = (
 )
 """As in Flux: a double block, then one that projects text and image together."""
 
-NO_IMAGE = "not made from the model's first input"
-"""Why the attention of text to itself is kept."""
 GIST = 8
 """What `BriaFibo2Transformer2DModel` makes of its prompt."""
 
@@ -244,7 +243,7 @@ JOINT: tuple[Case, ...] = (
             site("noise_refiner.0.attention", GRID),
             *pair("layers.{}.attention", offset=GIST, x_offset=GIST),
         ),
-        kept={"perceiver.*.self_attention": NO_IMAGE},
+        kept={"perceiver.*.self_attention": NO_IMAGE, "*.cross_attention": "cross-attention"},
     ),
     case(
         "ErnieImageTransformer2DModel",
@@ -261,7 +260,7 @@ JOINT: tuple[Case, ...] = (
             "num_attention_heads": HEADS, "text_embed_dim": 12, "time_embed_dim": 16, "condition_dim": 8,
             "prior_vq_quantizer_codebook_size": 16,
         },
-        glm, sites=(site("transformer_blocks.0.attn1", GRID, offset=TEXT, x_offset=TEXT),),
+        glm,
     ),
     case("HiDreamImageTransformer2DModel", HIDREAM, hidream),
     case(
@@ -288,7 +287,7 @@ JOINT: tuple[Case, ...] = (
             "in_channels": 8, "num_layers": 1, "attention_head_dim": HEAD, "num_attention_heads": HEADS,
             "intermediate_size": 48, "adaln_dim": 16, "llm_features_dim": 12, "mrope_section": (3, 3, 2),
         },
-        ideogram, kept={"*": "no grid"},
+        ideogram, kept={"*": NO_GRID},
     ),
     case(
         "JoyImageEditTransformer3DModel",
@@ -296,7 +295,7 @@ JOINT: tuple[Case, ...] = (
             "in_channels": 4, "hidden_size": WIDTH, "num_attention_heads": HEADS, "text_dim": 12, "num_layers": 1,
             "rope_dim_list": ROPE,
         },
-        joy, sites=(fused("double_blocks.0.attn", "img_attn_qkv"),),
+        joy, sites=(fused_site("double_blocks.0.attn.img_attn_qkv", WIDTH, GRID),),
     ),
     case(
         "JoyImageEditPlusTransformer3DModel",
@@ -304,7 +303,7 @@ JOINT: tuple[Case, ...] = (
             "in_channels": 4, "hidden_size": WIDTH, "num_attention_heads": HEADS, "text_dim": 12, "num_layers": 1,
             "rope_dim_list": ROPE,
         },
-        joy_plus, kept={"*": "no grid"},
+        joy_plus, kept={"*": NO_GRID},
     ),
     case(
         "Krea2Transformer2DModel",
@@ -316,6 +315,7 @@ JOINT: tuple[Case, ...] = (
             "axes_dims_rope": ROPE,
         },
         krea, grid=GRID, sites=pair("transformer_blocks.{}.attn", offset=TEXT, x_offset=TEXT),
+        kept={"text_fusion.*": NO_IMAGE},
     ),
     case("NucleusMoEImageTransformer2DModel", NUCLEUS | {"moe_enabled": False}, nucleus,
          sites=pair("transformer_blocks.{}.attn")),
@@ -336,7 +336,7 @@ JOINT: tuple[Case, ...] = (
         {"in_channels": 4, "context_in_dim": 12, "hidden_size": WIDTH, "num_heads": HEADS, "depth": 1,
          "axes_dim": [8, 8]},
         prx, grid=GRID,
-        sites=(fused("blocks.0.attention", "img_qkv_proj", offset=TEXT),),
+        sites=(fused_site("blocks.0.attention.img_qkv_proj", WIDTH, GRID, offset=TEXT),),
     ),
     case(
         "QwenImage21Transformer2DModel",

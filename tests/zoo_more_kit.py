@@ -11,7 +11,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from tests.zoo import Case, Part, Site
+from tests.zoo import Case, lively
 
 GRID = (4, 6)
 TOKENS = math.prod(GRID)
@@ -21,25 +21,16 @@ HEADS, HEAD = 2, 16
 WIDTH = HEADS * HEAD
 ROPE = (4, 6, 6)
 
+NO_IMAGE = "not made from the model's first input"
+"""Why the attention of text to itself is kept."""
+NO_GRID = "no grid"
+"""Why an attention is kept whose tokens may lie anywhere."""
+
 
 def make(name: str, config: Mapping[str, Any]) -> nn.Module:
     """The diffusers model ``name`` with random weights, in eval mode and without gradients."""
     model: nn.Module = getattr(diffusers, name)(**config)
-    return enliven(model)
-
-
-def enliven(model: nn.Module) -> nn.Module:
-    """Draw every weight anew: fresh models attend evenly, and open their branches with gates and layers of zeros."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                sharper = 2.0 if name.removesuffix(".weight").endswith(("q", "k")) else 1.0
-                weight.normal_(0, sharper / math.sqrt(math.prod(weight.shape[1:])))
-            elif name.endswith("weight"):
-                weight.normal_(1, 0.1)
-            else:
-                weight.normal_(0, 0.3)
-    return model.eval().requires_grad_(False)
+    return lively(model)
 
 
 def case(name: str, config: Mapping[str, Any], inputs: Callable[[], dict[str, Any]], **more: Any) -> Case:
@@ -73,9 +64,3 @@ def padded_mask() -> Tensor:
     mask = torch.ones(2, TEXT, dtype=torch.bool)
     mask[1, -2:] = False
     return mask
-
-
-def fused(attention: str, path: str, **more: Any) -> Site:
-    """A site at ``attention`` whose q, k and v are the thirds of the layer ``path``, on `GRID`."""
-    q, k, v = (Part(f"{attention}.{path}", third * WIDTH, (third + 1) * WIDTH) for third in range(3))
-    return Site(**{"name": attention, "q": q, "k": k, "v": v, "grid": GRID, **more})

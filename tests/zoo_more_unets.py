@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from tests.zoo import Case, Site, site
+from tests.zoo import CROSS, Case, Site, site
 from tests.zoo_more_joint import LATENT, pair
 from tests.zoo_more_kit import (
     GRID,
     HEAD,
     HEADS,
+    NO_GRID,
     TEXT,
     WIDTH,
     case,
@@ -91,7 +92,7 @@ CASCADE_BLOCK = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBl
 
 UNETS: tuple[Case, ...] = (
     case("UNet2DConditionModel-gligen", UNET | {"attention_head_dim": 2, "attention_type": "gated"}, gligen,
-         sites=(*DOWN, *UP, *(gated(found) for found in (*DOWN, *UP)))),
+         sites=(*DOWN, *UP, *(gated(found) for found in (*DOWN, *UP))), kept=CROSS),
     case(
         "UNet2DConditionModel-k-blocks",
         UNET | {
@@ -103,6 +104,7 @@ UNETS: tuple[Case, ...] = (
         },
         latent,
         sites=(site("down_blocks.1.attentions.0.attn1", COARSE), site("up_blocks.0.attentions.0.attn1", COARSE)),
+        kept=CROSS,
     ),
     case(
         "UNet2DModel-skip",
@@ -117,20 +119,20 @@ UNETS: tuple[Case, ...] = (
             for name in ("down_blocks.1.attentions.0", "mid_block.attentions.0", "up_blocks.0.attentions.0")
         ),
     ),
-    case("DreamLiteUNetModel", DREAM, latent, sites=DOWN + UP),
+    case("DreamLiteUNetModel", DREAM, latent, sites=DOWN + UP, kept=CROSS),
     case(
         "DreamLiteTransformer2DModel",
         {"num_attention_heads": HEADS, "attention_head_dim": HEAD, "in_channels": 16, "norm_num_groups": 4,
          "cross_attention_dim": 12, "qk_norm": "rms_norm"},
         lambda: {"hidden_states": noise(2, 16, *GRID), "encoder_hidden_states": noise(2, TEXT, 12)},
-        sites=(basic("transformer_blocks.0"),),
+        sites=(basic("transformer_blocks.0"),), kept=CROSS,
     ),
     case(
         "Transformer2DModel",
         {"num_attention_heads": HEADS, "attention_head_dim": HEAD, "in_channels": 16, "norm_num_groups": 4,
          "cross_attention_dim": 12},
         lambda: {"hidden_states": noise(2, 16, *GRID), "encoder_hidden_states": noise(2, TEXT, 12)},
-        sites=(basic("transformer_blocks.0"),),
+        sites=(basic("transformer_blocks.0"),), kept=CROSS,
     ),
     case(
         "Transformer2DModel-vectors",
@@ -138,7 +140,7 @@ UNETS: tuple[Case, ...] = (
          "num_embeds_ada_norm": 1000, "norm_type": "ada_norm", "cross_attention_dim": 12},
         lambda: {"hidden_states": torch.randint(0, 12, (2, 36)), "encoder_hidden_states": noise(2, TEXT, 12),
                  "timestep": torch.tensor(300)},
-        grid=(6, 6), sites=(site("transformer_blocks.0.attn1", (6, 6)),),
+        grid=(6, 6), sites=(site("transformer_blocks.0.attn1", (6, 6)),), kept=CROSS,
     ),
     case(
         "UVit2DModel",
@@ -149,6 +151,7 @@ UNETS: tuple[Case, ...] = (
             "num_attention_heads": HEADS, "intermediate_size": 48, "sample_size": 6,
         },
         uvit, sites=pair("transformer_layers.{}.attn1"),
+        kept=CROSS | {"*_block.attention_blocks.*.attn1": "cross-attention"},
     ),
     case(
         "StableCascadeUNet",
@@ -158,13 +161,14 @@ UNETS: tuple[Case, ...] = (
             "up_num_layers_per_block": (1, 1), "block_types_per_layer": (CASCADE_BLOCK, CASCADE_BLOCK),
             "clip_text_pooled_in_channels": 12,
         },
-        cascade,
+        # Keys and values are projected from the image with the prompt below it, queries from the image.
+        cascade, kept={"*.attention": "not projected from the same tensor"},
     ),
     case(
         "PriorTransformer",
         {"num_attention_heads": HEADS, "attention_head_dim": HEAD, "num_layers": 2, "embedding_dim": 12,
          "num_embeddings": TEXT},
-        prior,
+        prior, kept={"*.attn1": NO_GRID},
     ),
     case(
         "UniDiffuserModel",

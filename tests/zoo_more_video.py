@@ -6,8 +6,22 @@ from typing import Any
 
 import torch
 
-from tests.zoo import Case
-from tests.zoo_more_kit import GRID, HEAD, HEADS, ROPE, TEXT, TOKENS, WIDTH, case, noise, padded_mask, steps
+from tests.zoo import CROSS, Case
+from tests.zoo_more_kit import (
+    GRID,
+    HEAD,
+    HEADS,
+    NO_GRID,
+    NO_IMAGE,
+    ROPE,
+    TEXT,
+    TOKENS,
+    WIDTH,
+    case,
+    noise,
+    padded_mask,
+    steps,
+)
 from tests.zoo_more_unets import DOWN, UNET, UP
 
 FRAMES = 2
@@ -176,8 +190,12 @@ def wan_animate2() -> dict[str, Any]:
     }  # fmt: skip
 
 
-FRAMEWISE = {"*.attn1": "frames x rows x columns"}
+FRAMES_AT_ONCE = "frames x rows x columns"
+FRAMEWISE = {"*.attn1": FRAMES_AT_ONCE}
 """Why the self-attention of a video is kept: its tokens are those of all frames."""
+FRAMEWISE_CROSS = FRAMEWISE | CROSS
+THROUGH_TIME = {"*.temp_attentions.*": "across images", "transformer_in.*": "across images"}
+"""Why what U-Nets put between the attentions of a frame is kept."""
 SIZES = {"num_attention_heads": HEADS, "attention_head_dim": HEAD, "num_layers": 1}
 WAN = SIZES | {
     "in_channels": 4, "out_channels": 4, "text_dim": 12, "freq_dim": 16, "ffn_dim": 48, "rope_max_seq_len": 16,
@@ -208,10 +226,10 @@ VIDEO: tuple[Case, ...] = (
             "attention_head_dim": 18, "cross_attention_dim": 36, "caption_channels": 12, "sample_height": 8,
             "sample_width": 12, "sample_frames": FRAMES,
         },
-        allegro, kept=FRAMEWISE,
+        allegro, kept=FRAMEWISE_CROSS,
     ),
-    case("AnyFlowTransformer3DModel", WAN, anyflow, kept=FRAMEWISE),
-    case("ChronoEditTransformer3DModel", WAN | {"rope_temporal_skip_len": 2}, video, kept=FRAMEWISE),
+    case("AnyFlowTransformer3DModel", WAN, anyflow, kept=FRAMEWISE_CROSS),
+    case("ChronoEditTransformer3DModel", WAN | {"rope_temporal_skip_len": 2}, video, kept=FRAMEWISE_CROSS),
     case(
         "ConsisIDTransformer3DModel",
         SIZES | {
@@ -225,7 +243,7 @@ VIDEO: tuple[Case, ...] = (
         "CosmosTransformer3DModel",
         SIZES | {"in_channels": 4, "out_channels": 4, "text_embed_dim": 12, "adaln_lora_dim": 8, "max_size": (4, 8, 12),
                  "concat_padding_mask": False},
-        cosmos, kept=FRAMEWISE,
+        cosmos, kept=FRAMEWISE_CROSS,
     ),
     case(
         "EasyAnimateTransformer3DModel",
@@ -233,14 +251,15 @@ VIDEO: tuple[Case, ...] = (
             "in_channels": 4, "out_channels": 4, "patch_size": 2, "time_embed_dim": 16, "text_embed_dim": 12,
             "num_layers": 2, "mmdit_layers": 1, "sample_width": 12, "sample_height": 8,
         },
-        video,
+        video, kept=FRAMEWISE,
     ),
     case(
         "HeliosTransformer3DModel",
         {key: value for key, value in WAN.items() if key != "rope_max_seq_len"} | {"rope_dim": (4, 6, 6)}, video,
-        kept=FRAMEWISE,
+        kept=FRAMEWISE_CROSS,
     ),
-    case("HunyuanVideoTransformer3DModel", HUNYUAN, hunyuan_video, kept={"*transformer_blocks.*": "frames"}),
+    case("HunyuanVideoTransformer3DModel", HUNYUAN, hunyuan_video,
+         kept={"*transformer_blocks.*": FRAMES_AT_ONCE, "context_embedder.*": NO_IMAGE}),
     case(
         "HunyuanVideo15Transformer3DModel",
         SIZES | {
@@ -260,6 +279,7 @@ VIDEO: tuple[Case, ...] = (
             "num_text_blocks": 1, "num_visual_blocks": 1, "axes_dims": ROPE,
         },
         kandinsky5,
+        kept={"text_*": NO_IMAGE, "visual_*.self_attention": NO_GRID, "visual_*.cross_attention": "cross-attention"},
     ),
     case(
         "Kandinsky6Transformer3DModel",
@@ -269,6 +289,8 @@ VIDEO: tuple[Case, ...] = (
             "visual_cond": False, "in_audio_dim": 6, "out_audio_dim": 6,
         },
         kandinsky6,
+        kept={"*_text_transformer_blocks.*": NO_IMAGE, "*.video_dec_block.self_attention": NO_GRID,
+              "*.audio_dec_block.self_attention": NO_IMAGE, "*cross_attention": "cross-attention"},
     ),
     case(
         "Kandinsky6SRTransformer3DModel",
@@ -278,7 +300,9 @@ VIDEO: tuple[Case, ...] = (
         },
         lambda: {"hidden_states": noise(1, 2, 16, 16, 9), "timestep": steps()[:1]},
     ),
-    case("LTX2VideoTransformer3DModel", LTX2, ltx2),
+    case("LTX2VideoTransformer3DModel", LTX2, ltx2,
+         kept=CROSS | {"*.attn1": NO_GRID, "*.audio_attn1": NO_IMAGE, "*.audio_attn2": "cross-attention",
+                       "*_to_*_attn": "cross-attention"}),
     case(
         "MochiTransformer3DModel",
         SIZES | {"in_channels": 4, "pooled_projection_dim": 12, "text_embed_dim": 16, "time_embed_dim": 16,
@@ -289,19 +313,19 @@ VIDEO: tuple[Case, ...] = (
         "MotifVideoTransformer3DModel",
         SIZES | {"in_channels": 4, "out_channels": 4, "num_single_layers": 2, "num_decoder_layers": 1,
                  "text_embed_dim": 12, "rope_axes_dim": ROPE},
-        lambda: video() | {"encoder_attention_mask": padded_mask()},
+        lambda: video() | {"encoder_attention_mask": padded_mask()}, kept={"*.attn": FRAMES_AT_ONCE},
     ),
     case(
         "SanaVideoTransformer3DModel",
         SIZES | {"in_channels": 4, "out_channels": 4, "num_cross_attention_heads": HEADS,
                  "cross_attention_head_dim": HEAD, "cross_attention_dim": WIDTH, "caption_channels": 12,
                  "sample_size": 8},
-        video,
+        video, kept=CROSS | {"*.attn1": "linear attention"},
     ),
-    case("SkyReelsV2Transformer3DModel", WAN, video, kept=FRAMEWISE),
+    case("SkyReelsV2Transformer3DModel", WAN, video, kept=FRAMEWISE_CROSS),
     case(
         "WanVACETransformer3DModel", WAN | {"vace_layers": [0], "vace_in_channels": 6},
-        lambda: video() | {"control_hidden_states": noise(2, 6, *LATENT)}, kept=FRAMEWISE,
+        lambda: video() | {"control_hidden_states": noise(2, 6, *LATENT)}, kept=FRAMEWISE_CROSS,
     ),
     case(
         "WanAnimateTransformer3DModel",
@@ -311,7 +335,8 @@ VIDEO: tuple[Case, ...] = (
             "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 8, "face_encoder_hidden_dim": 8,
             "face_encoder_num_heads": 2, "inject_face_latents_blocks": 1,
         },
-        wan_animate,
+        # The pose is written into a part of the video in place: what its tokens are is lost there.
+        wan_animate, kept=CROSS | {"*.attn1": NO_GRID, "face_adapter.*": "cross-attention"},
     ),
     case("AnyFlowFARTransformer3DModel", WAN | {"chunk_partition": [1, 1]}, far),
     case(
@@ -321,7 +346,7 @@ VIDEO: tuple[Case, ...] = (
             "patch_latent_dim": 16, "num_attention_heads": HEADS, "num_hidden_layers": 1, "num_key_value_heads": 1,
             "vocab_size": 20, "rope_axes_dim": [3, 3, 2],
         },
-        cosmos3,
+        cosmos3, kept={"*.self_attn": "not (batch, tokens, channels)", "layers.*": "causal"},
     ),
     case(
         "MiniMaxH3Transformer3DModel",
@@ -329,7 +354,7 @@ VIDEO: tuple[Case, ...] = (
             "hidden_size": WIDTH, "num_refiner_layers": 1, "ffn_dim": 48, "in_channels": 4, "audio_in_channels": 6,
             "text_dim": 12, "freq_dim": 16, "time_embed_hidden_dim": 16, "time_embed_dim": 16, "rope_freq_dim": 2,
         },
-        minimax,
+        minimax, kept={"token_refiner.*": NO_IMAGE, "transformer_blocks.*": NO_GRID},
     ),
     case(
         "SanaWMTransformer3DModel",
@@ -338,8 +363,10 @@ VIDEO: tuple[Case, ...] = (
             "linear_head_dim": HEAD, "caption_channels": 12, "chunk_plucker_post_attn_blocks": 2, "image_size": 64,
         },
         sana_wm,
+        kept={"blocks.0.attn.attn": "linear attention", "blocks.1.attn.attn": FRAMES_AT_ONCE,
+              "*.cross_attn": "cross-attention"},
     ),
-    case("SanaWMLTX2RefinerTransformer3DModel", LTX2, refiner),
+    case("SanaWMLTX2RefinerTransformer3DModel", LTX2, refiner, kept=CROSS | {"*.attn1": NO_GRID}),
     case(
         "WanAnimate2Transformer3DModel",
         {
@@ -348,12 +375,13 @@ VIDEO: tuple[Case, ...] = (
         },
         wan_animate2,
     ),
-    case("UNet3DConditionModel", UNET | THREE_D, unet_video, sites=DOWN + UP),
-    case("I2VGenXLUNet", UNET | THREE_D, i2vgen, sites=DOWN + UP),
+    case("UNet3DConditionModel", UNET | THREE_D, unet_video, sites=DOWN + UP, kept=CROSS | THROUGH_TIME),
+    case("I2VGenXLUNet", UNET | THREE_D, i2vgen, sites=DOWN + UP,
+         kept=CROSS | THROUGH_TIME | {"image_latents_temporal_encoder.*": NO_IMAGE}),
     case(
         "UNetMotionModel", UNET | MOTION,
         lambda: unet_video() | {"encoder_hidden_states": noise(FRAMES, TEXT, 12)}, sites=DOWN + UP,
-        kept={"*.motion_modules.*": "across images"},
+        kept=CROSS | {"*.motion_modules.*": "across images"},
     ),
     case(
         "UNetSpatioTemporalConditionModel",
@@ -363,12 +391,12 @@ VIDEO: tuple[Case, ...] = (
             "up_block_types": ("CrossAttnUpBlockSpatioTemporal", "UpBlockSpatioTemporal"),
             "num_attention_heads": (2, 2), "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24,
         },
-        svd, sites=DOWN + UP,
+        svd, sites=DOWN + UP, kept=CROSS | {"*.temporal_transformer_blocks.0.attn1": "across images"},
     ),
     case(
         "TransformerTemporalModel",
         {"num_attention_heads": HEADS, "attention_head_dim": HEAD, "in_channels": 16, "norm_num_groups": 4},
-        # As many frames as a grid half as fine has cells: `grid=` is no reason to take them for an image.
-        lambda: {"hidden_states": noise(6, 16, *GRID), "num_frames": 6}, grid=GRID, kept={"*": "across images"},
+        # As many frames as a grid half as fine has cells, which is no reason to take them for an image.
+        lambda: {"hidden_states": noise(6, 16, *GRID), "num_frames": 6}, kept={"*": "across images"},
     ),
 )  # fmt: skip

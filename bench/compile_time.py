@@ -2,7 +2,8 @@
 
 Every block of the model is there, but narrow, and with few tokens, so that it fits into memory and runs in no time:
 compiling takes its time by nodes and kernels, and those are the full model's. Every run is a process of its own with
-an empty kernel cache.
+an empty kernel cache. Each round calls from another depth of the stack: at some depths Python 3.11 maps and unmaps
+memory at every call of a function (seconds, for dense and rewritten graphs alike, as their sizes happen to fall).
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def run(name: str, rounds: int, tell: Callable[[str], None]) -> list[Compiled]:
     counts: dict[str, tuple[int, int]] = {}
     for index in range(rounds):
         for method in METHODS:
-            rewritten, nodes, *seconds = _process(name, method)
+            rewritten, nodes, *seconds = _process(name, method, depth=50 * index)
             runs[method].append(seconds)
             counts[method] = int(rewritten), int(nodes)
             times = "capture {:.1f} s, passes {:.2f} s, first call {:.1f} s".format(*seconds)
@@ -115,13 +116,13 @@ def run(name: str, rounds: int, tell: Callable[[str], None]) -> list[Compiled]:
     return rows
 
 
-def _process(name: str, method: str) -> list[float]:
-    """What :func:`first_call` prints in a process of its own."""
+def _process(name: str, method: str, depth: int = 0) -> list[float]:
+    """What :func:`first_call` prints in a process of its own, called through ``depth`` others."""
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
             [
                 sys.executable, "-W", "ignore", "-c",
-                f"from bigain_fx.bench import compile_time; compile_time.first_call({name!r}, {method!r})",
+                f"from bigain_fx.bench import compile_time; compile_time.first_call({name!r}, {method!r}, {depth})",
             ],
             env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}, capture_output=True, text=True,
         )  # fmt: skip
@@ -132,8 +133,11 @@ def _process(name: str, method: str) -> list[float]:
     return found
 
 
-def first_call(name: str, method: str) -> None:
+def first_call(name: str, method: str, depth: int = 0) -> None:
     """What each process does; prints attentions rewritten, nodes, and seconds of capture, passes and first call."""
+    if depth:
+        first_call(name, method, depth - 1)
+        return
     workload = narrow(name)
     arguments, _ = CallBinder(workload.model).bind(workload.args, workload.kwargs)
     started = time.perf_counter()

@@ -53,10 +53,11 @@ def aliases(node: Node) -> set[Node]:
 
 def written_by(node: Node) -> Node | None:
     """What changes ``node``, or the memory that it shows, in place; None if nothing does."""
-    return next((user for alias in aliases(node) for user in alias.users if _mutates(user)), None)
+    return next((user for alias in aliases(node) for user in alias.users if mutates(user)), None)
 
 
-def _mutates(node: Node) -> bool:
+def mutates(node: Node) -> bool:
+    """Whether ``node`` changes memory in place."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
 

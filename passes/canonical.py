@@ -23,9 +23,9 @@ from bigain_fx.passes.arguments import (
     VIEWS,
     aliases,
     cut_dim,
+    mutates,
     shows_its_input,
     slice_range,
-    written_by,
 )
 from bigain_fx.passes.axes import aten, shape_of
 from bigain_fx.passes.surgery import Surgeon
@@ -102,9 +102,11 @@ def _root(node: Any) -> Node:
 def _share_views(surgeon: Surgeon) -> None:
     """Read the first of several equal views or casts, unless somebody writes into what they show."""
     first: dict[str, Node] = {}
+    writes = [node for node in surgeon.graph.nodes if mutates(node)]
+    written = {_root(source) for write in writes for source in write.all_input_nodes}
     for node in [node for node in surgeon.graph.nodes if node.target in _SHARED]:
         same = first.setdefault(str((node.target, node.args, node.kwargs)), node)
-        if same is not node and not any(written_by(item) for item in (_root(node), node, same)):
+        if same is not node and _root(node) not in written:
             node.replace_all_uses_with(same)
             surgeon.graph.erase_node(node)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -56,39 +57,38 @@ class Fewer:
 
     def pick(self, operand: Node, dims: tuple[int, ...], layout: Layout) -> Node:
         """``operand``, lined up with ``layout`` from the last dimension on, at the kept tokens of ``dims``."""
-        done = self.surgeon.picked
-        key = (operand, self.rep, dims, tuple(layout[dim] for dim in dims))
-        if key not in done:
-            done[key] = operand
-            with self.surgeon.after(max(operand, self.rep)):
-                for dim in dims:
-                    done[key] = self._pick_along(done[key], dim, layout)
-        return done[key]
 
-    def _pick_along(self, operand: Node, dim: int, layout: Layout) -> Node:
+        rows = {}
+        for dim in dims:
+            before, tokens, after = parts(layout[dim])
+            rows[dim] = among_all(self.surgeon, self.rep, before, after, length(tokens))
+
+        def picked() -> Node:
+            result = operand
+            for dim, index in rows.items():
+                result = self._pick_along(result, dim, index, layout)
+            return result
+
+        key = (operand, self.rep, dims, tuple(layout[dim] for dim in dims))
+        return self.surgeon.once(key, max(operand, *rows.values()), picked)
+
+    def _pick_along(self, operand: Node, dim: int, rows: Node, layout: Layout) -> Node:
         emit = self.surgeon.emit
-        before, _, after = parts(layout[dim])
+        samples, count = shape_of(rows)
         batch = next((index - len(layout) for index, axes in enumerate(layout) if BATCH in names(axes)), None)
-        if shape_of(self.rep)[0] == 1:
-            batch = None
-        if batch is not None:
-            sizes = [1] * (-batch - len(shape_of(operand))) + list(shape_of(operand))
-            sizes[batch] = shape_of(self.rep)[0]
-            if tuple(sizes) != shape_of(operand):
-                operand = emit(aten.expand.default, (operand, sizes), like=operand)
-        image = rows_of(self.surgeon, operand, dim, before, after)
-        if batch is not None:
-            shape = list(shape_of(image))
-            shape[dim] = self.left
-            apart = [size if index - len(shape) in (batch, dim) else 1 for index, size in enumerate(shape)]
-            rep = self.rep if batch < dim else emit(aten.transpose.int, (self.rep, 0, 1), like=operand)
-            index = emit(aten.reshape.default, (rep, apart), like=operand)
-            index = emit(aten.expand.default, (index, shape), like=operand)
-            image = emit(aten.gather.default, (image, dim, index), like=operand)
-        else:
-            index = emit(aten.view.default, (self.rep, [self.left]), like=operand)
-            image = emit(aten.index_select.default, (image, dim, index), like=operand)
-        return beside(self.surgeon, operand, image, dim, before, after)
+        if batch is None or samples == 1:
+            index = emit(aten.view.default, (rows, [count]), like=operand)
+            return emit(aten.index_select.default, (operand, dim, index), like=operand)
+        shape = [1] * (-batch - len(shape_of(operand))) + list(shape_of(operand))
+        shape[batch] = samples
+        if tuple(shape) != shape_of(operand):
+            operand = emit(aten.expand.default, (operand, shape), like=operand)
+        shape[dim] = count
+        apart = [size if index - len(shape) in (batch, dim) else 1 for index, size in enumerate(shape)]
+        rows = rows if batch < dim else emit(aten.transpose.int, (rows, 0, 1), like=operand)
+        index = emit(aten.reshape.default, (rows, apart), like=operand)
+        index = emit(aten.expand.default, (index, shape), like=operand)
+        return emit(aten.gather.default, (operand, dim, index), like=operand)
 
     def _resized(self, node: Node) -> tuple[Any, tuple[Any, ...]]:
         """Target and arguments of ``node`` with the literal sizes and bounds of fewer tokens."""
@@ -127,17 +127,29 @@ class Fewer:
         return position * length(self._shrunk(dim)) // length(dim)
 
 
-def rows_of(surgeon: Surgeon, whole: Node, dim: int, before: int, after: int) -> Node:
-    """What lies between the first ``before`` and the last ``after`` rows of ``whole`` along ``dim``."""
+def image_rows(surgeon: Surgeon, whole: Node, before: int, after: int) -> Node:
+    """What lies between the first ``before`` and the last ``after`` rows of ``whole (B, rows, C)``."""
     if not before and not after:
         return whole
-    return surgeon.emit(aten.slice.Tensor, (whole, dim, before, shape_of(whole)[dim] - after), like=whole)
+    return surgeon.emit(aten.slice.Tensor, (whole, 1, before, shape_of(whole)[1] - after), like=whole)
 
 
-def beside(surgeon: Surgeon, whole: Node, image: Node, dim: int, before: int, after: int) -> Node:
-    """``image`` along ``dim`` between the first ``before`` and the last ``after`` rows of ``whole``."""
-    rows = shape_of(whole)[dim]
-    ends = [(0, before)] * bool(before) + [(rows - after, rows)] * bool(after)
-    rest = [surgeon.emit(aten.slice.Tensor, (whole, dim, *end), like=whole) for end in ends]
-    joined = rest[:1] * bool(before) + [image] + rest[bool(before) :]
-    return surgeon.emit(aten.cat.default, (joined, dim), like=whole) if rest else image
+def among_all(surgeon: Surgeon, index: Node, before: int, after: int, members: int) -> Node:
+    """``index (B, n)`` into ``members`` image rows as one into all rows, where those beside them stand for themselves.
+
+    Text is thus a group, or a kept token, of its own: nothing needs to be cut apart and put together again.
+    """
+    if not before and not after:
+        return index
+
+    def others(start: int, count: int) -> list[Node]:
+        samples = shape_of(index)[0]
+        rows = torch.arange(start, start + count).repeat(samples, 1)
+        return [surgeon.constant(f"bigain_rows_{samples}_{start}_{count}", rows, like=index)] if count else []
+
+    def shifted() -> Node:
+        image = surgeon.emit(aten.add.Tensor, (index, before), like=index) if before else index
+        parted = [*others(0, before), image, *others(before + members, after)]
+        return surgeon.emit(aten.cat.default, (parted, 1), like=index)
+
+    return surgeon.once((index, before, after, members), index, shifted)

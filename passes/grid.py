@@ -81,7 +81,9 @@ def placed(node: Node, layouts: Mapping[Node, Layout]) -> tuple[Grid, int, int] 
     before, inner, after = parts(layout[1])
     # An image of one row or column has lost that axis: it is not told from a line of tokens.
     match inner:
-        case (Axis("rows", rows), Axis("columns", columns)) if before + rows * columns + after == shape_of(node)[1]:
+        case (Axis("rows", rows), Axis("columns", columns)) if shape_of(node)[1:2] == (
+            before + rows * columns + after,
+        ):
             return (rows, columns), before, after
     return None
 

@@ -19,9 +19,9 @@ import torch
 from torch.fx import Node
 
 from bigain_fx.passes.arguments import mask_of
-from bigain_fx.passes.axes import shape_of
+from bigain_fx.passes.axes import aten, shape_of
 from bigain_fx.passes.errors import RewriteError
-from bigain_fx.passes.fewer import Fewer, beside, rows_of
+from bigain_fx.passes.fewer import Fewer, image_rows
 from bigain_fx.passes.fused import separated
 from bigain_fx.passes.methods import KVMethod, LinearAlpha
 from bigain_fx.passes.ops import nearest_tokens
@@ -56,9 +56,9 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: KVMethod) -> AttentionS
             timestep = _timestep(surgeon, site, alpha)
             alpha = surgeon.emit(bigain.linear_alpha.default, (timestep, site.batch, *alpha.ends), like=sdpa)
             overload = bigain.kv_downsample.Tensor
-        image = rows_of(surgeon, site.x, 1, site.before, site.after)
+        image = image_rows(surgeon, site.x, site.before, site.after)
         tokens = surgeon.emit(overload, (image, alpha, list(site.grid), method.factor), like=sdpa)
-        known = {site.x: beside(surgeon, site.x, tokens, 1, site.before, site.after)}
+        known = {site.x: _beside(surgeon, site, tokens)}
         rep = surgeon.constant(f"bigain_nearest_{site.grid[0]}x{site.grid[1]}_{method.factor}",
                                nearest_tokens(site.grid, method.factor).unsqueeze(0), like=sdpa)  # fmt: skip
     fewer = Fewer(surgeon, site.layouts, left, rep)
@@ -71,6 +71,15 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: KVMethod) -> AttentionS
     sdpa.kwargs = {name: value for name, value in sdpa.kwargs.items() if name != "attn_mask"}
     layouts = {node: layout for node, layout in site.layouts.items() if node not in (key, value)}
     return replace(site, paths={**site.paths, "k": (), "v": ()}, layouts=layouts)
+
+
+def _beside(surgeon: Surgeon, site: AttentionSite, image: Node) -> Node:
+    """``image`` between the rows of ``site.x`` that stand before and behind it."""
+    rows = shape_of(site.x)[1]
+    ends = ((0, site.before), (rows - site.after, rows))
+    text = [surgeon.emit(aten.slice.Tensor, (site.x, 1, *end), like=site.x) for end in ends if end[0] < end[1]]
+    joined = [*text[: bool(site.before)], image, *text[bool(site.before) :]]
+    return surgeon.emit(aten.cat.default, (joined, 1), like=site.x) if text else image
 
 
 def _timestep(surgeon: Surgeon, site: AttentionSite, alpha: LinearAlpha) -> Node:

@@ -7,7 +7,7 @@
     x + y                                      y = unmerge(way_out(sdpa(q, k, v)), assign)
                                                x + y
 
-Text beside the image keeps its place and number; rotary angles and masks are those of ``rep``.
+Text beside the image keeps its place and number, as groups of one; rotary angles and masks are those of ``rep``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from bigain_fx.passes.axes import aten, parts, shape_of
-from bigain_fx.passes.fewer import Fewer, beside, rows_of
+from bigain_fx.passes.fewer import Fewer, among_all, image_rows
 from bigain_fx.passes.fused import separated
 from bigain_fx.passes.methods import MergeMethod, ToMe
 from bigain_fx.passes.metric import Metric
@@ -59,18 +59,18 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
         assign, rep = _plan(surgeon, site, method, left)
     for source, region in regions:
         before, _, after = parts(region.layouts[source][1])
-        fewer = Fewer(surgeon, region.layouts, left, rep)
-        with surgeon.after(max(source, assign, rep)):
-            tokens = rows_of(surgeon, source, 1, before, after)
-            merged = surgeon.emit(bigain.merge.default, (tokens, assign, left), like=site.sdpa)
-            known = {source: beside(surgeon, source, merged, 1, before, after)}
-        fewer.replay(region.nodes, known)
+        groups = among_all(surgeon, assign, before, after, left)
+        with surgeon.after(max(source, groups)):
+            merged = surgeon.emit(bigain.merge.default, (source, groups, before + left + after), like=site.sdpa)
+        known = {source: merged}
+        Fewer(surgeon, region.layouts, left, rep).replay(region.nodes, known)
         for node in region.loose:
             node.replace_all_uses_with(known[node])
         for node in region.exits:
             before, _, after = parts(region.layouts[node][1])
+            groups = among_all(surgeon, assign, before, after, left)
             with surgeon.after(known[node]):
-                whole = _unmerge(surgeon, known[node], assign, before, after, like=site.sdpa)
+                whole = _unmerge(surgeon, known[node], groups, like=site.sdpa)
             node.replace_all_uses_with(whole)
     return site
 
@@ -82,7 +82,7 @@ def _plan(surgeon: Surgeon, site: AttentionSite, method: MergeMethod, left: int)
     metric = found.source
     for view in found.views:
         metric = emit(view.target, (metric, *view.args[1:]), like=view, kwargs=view.kwargs)
-    metric = rows_of(surgeon, metric, 1, site.before, site.after)
+    metric = image_rows(surgeon, metric, site.before, site.after)
     shared = method.align == "batch" and site.batch > 1
     if shared:
         swapped = emit(aten.transpose.int, (metric, 0, 1), like=site.sdpa)
@@ -101,13 +101,9 @@ def _plan(surgeon: Surgeon, site: AttentionSite, method: MergeMethod, left: int)
     return assign, rep
 
 
-def _unmerge(surgeon: Surgeon, node: Node, assign: Node, before: int, after: int, like: Node) -> Node:
-    """All tokens of ``node (B, rows, ...)`` again."""
-    shape = shape_of(node)
-    tokens = rows_of(surgeon, node, 1, before, after)
-    if len(shape) > 3:
-        tokens = surgeon.emit(aten.flatten.using_ints, (tokens, 2), like=node)
-    tokens = surgeon.emit(bigain.unmerge.default, (tokens, assign), like)
-    if len(shape) > 3:
-        tokens = surgeon.emit(aten.unflatten.int, (tokens, 2, list(shape[2:])), like=node)
-    return beside(surgeon, node, tokens, 1, before, after)
+def _unmerge(surgeon: Surgeon, merged: Node, groups: Node, like: Node) -> Node:
+    """All rows of ``merged (B, rows, ...)`` again."""
+    features = list(shape_of(merged)[2:])
+    rows = merged if len(features) == 1 else surgeon.emit(aten.flatten.using_ints, (merged, 2), like=merged)
+    whole = surgeon.emit(bigain.unmerge.default, (rows, groups), like)
+    return whole if len(features) == 1 else surgeon.emit(aten.unflatten.int, (whole, 2, features), like=merged)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,17 +27,13 @@ def _kind(node: Node) -> Any:
 
 
 class Surgeon:
-    """Edits one graph module in place, on behalf of one attention at a time.
-
-    Attributes:
-        picked: what was taken of positions and the like for some tokens: every attention takes the same.
-    """
+    """Edits one graph module in place, on behalf of one attention at a time."""
 
     def __init__(self, module: GraphModule) -> None:
         self.module, self.graph = module, module.graph
-        self.picked: dict[Any, Node] = {}
         self._values: dict[str, Any] = {}
         self._constants: dict[str, Node] = {}
+        self._made: dict[Any, Node] = {}
         vals = [node.meta.get("val") for node in module.graph.nodes]
         self._mode = next((value.fake_mode for value in vals if hasattr(value, "fake_mode")), None) or FakeTensorMode()
 
@@ -71,6 +67,13 @@ class Surgeon:
                 self._constants[name] = node = self.graph.get_attr(name)
             node.meta["val"] = self._mode.from_tensor(getattr(self.module, name))
         return self._constants[name]
+
+    def once(self, key: Any, after: Node, make: Callable[[], Node]) -> Node:
+        """What ``make`` emits right behind ``after``, made at the first call with this ``key``."""
+        if key not in self._made:
+            with self.after(after):
+                self._made[key] = make()
+        return self._made[key]
 
     @contextmanager
     def after(self, node: Node) -> Iterator[None]:

@@ -27,8 +27,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Processes that take the seconds above; the methods, in the order in which they are measured."""
     order: list[str] = []
 
-    def process(name: str, method: str) -> list[float]:
+    def process(name: str, method: str, depth: int) -> list[float]:
         order.append(method)
+        assert depth == 50 * (order.count(method) - 1)
         return [0 if method == "dense" else 57, 3000, *SECONDS[method][order.count(method) - 1]]
 
     monkeypatch.setattr(compile_time, "_process", process)

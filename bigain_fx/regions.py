@@ -1,12 +1,13 @@
-"""How a graph with our operators is compiled: each of them once for each shape, and never from an older one's cache.
+"""How a rewritten graph is compiled: what repeats is compiled once for each shape, and never from an older cache.
 
-Inductor writes code node by node: the plan's thirteen kernels, at each of SDXL's seventy attentions, make compiling
-take half as long again. What ``torch.compiler.nested_compile_region`` marks is written once, and called.
+Inductor writes code node by node: the plan's thirteen kernels, and the smaller projections and attention, at each of
+SDXL's seventy attentions. What ``torch.compiler.nested_compile_region`` marks is written once, and called.
 """
 
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -14,30 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from bigain_fx.passes import ops
+from bigain_fx.passes.arguments import memory_of, mutates
+from bigain_fx.passes.surgery import BRANCH
 
-REPEATED = frozenset({torch.ops.bigain.merge_plan.default, torch.ops.bigain.merge.default})
-"""What inductor gains little by fusing with its neighbours: a plan, and a segment mean."""
+PLAN = torch.ops.bigain.merge_plan.default
 
 
 def as_regions(module: GraphModule) -> None:
-    """Call the operators of :data:`REPEATED`, in place, through functions that torch compiles once for each shape."""
+    """Call plans and branches on merged tokens, in place, through functions that torch compiles once for each shape."""
+    branches: dict[str, list[Node]] = {}
+    for node in module.graph.nodes:
+        if name := node.meta.get(BRANCH):
+            branches.setdefault(name, []).append(node)
+    groups = [_with_own_inputs(nodes) for nodes in branches.values()]
+    groups += [[node] for node in module.graph.nodes if node.target is PLAN]
     regions: dict[str, Callable[..., Any]] = {}
-    for node in [node for node in module.graph.nodes if node.target in REPEATED]:
-        tensors = node.all_input_nodes
-        args = [
-            tensors.index(item) if isinstance(item, Node) else (list(item) if isinstance(item, Sequence) else item,)
-            for item in node.args
-        ]
-        values = [tensor.meta["val"] for tensor in tensors]
-        kinds = [(value.shape, value.stride(), value.dtype, value.device) for value in values]
-        key = str((node.target, args, kinds))
-        if key not in regions:
-            regions[key] = _region(node.target, args)
-        node.target, node.args = regions[key], tuple(tensors)
+    for nodes in groups:
+        _call_as_region(module.graph, nodes, regions)
+    module.graph.lint()
     module.recompile()
 
 
@@ -55,12 +55,77 @@ def _source() -> str:
     return hashlib.sha256(b"".join(modules)).hexdigest()
 
 
-def _region(target: Callable[..., Any], args: Sequence[int | tuple[Any]]) -> Callable[..., Any]:
-    """``target`` as a function of its tensors; ``args`` holds their positions, and all else in tuples of one."""
+def _with_own_inputs(nodes: Sequence[Node]) -> list[Node]:
+    """``nodes`` with what a rewrite emitted for them alone (positions, angles, fewer keys), in graph order."""
+    found, pending = set(nodes), list(nodes)
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            emitted = BRANCH in source.meta and source.target is not PLAN
+            if emitted and source not in found and all(user in found for user in source.users):
+                found.add(source)
+                pending.append(source)
+    # What is taken from a result that stays outside stays there with it: regions take tensors.
+    return sorted(node for node in found if node.target is not operator.getitem or node.args[0] in found)
+
+
+def _call_as_region(graph: Graph, nodes: Sequence[Node], regions: dict[str, Callable[..., Any]]) -> None:
+    """Put one call in the place of ``nodes``.
+
+    They stay where something between them changes memory, or needs some of them and feeds others, and where inputs or
+    outputs may share memory: torch has no such regions.
+    """
+    inside, later = set(nodes), dict[Node, None]()
+    node, last = nodes[0], nodes[-1]
+    while node is not last:
+        if mutates(node):
+            return
+        node = node.next
+        if node not in inside and any(source in inside or source in later for source in node.all_input_nodes):
+            later[node] = None
+    inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside))
+    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+    memory = [memory_of(node) for node in (*inputs, *outputs)]
+    if any(source in later for source in inputs) or len(set(memory)) < len(memory):
+        return
+    key = _key(nodes, inputs, outputs)
+    if key not in regions:
+        regions[key] = _region(nodes, inputs, outputs)
+    with graph.inserting_after(last):
+        call = graph.call_function(regions[key], tuple(inputs))
+    for node in reversed(later):
+        call.append(node)
+    results = [call]
+    if len(outputs) > 1:
+        with graph.inserting_after(call):
+            results = [graph.call_function(operator.getitem, (call, index)) for index in range(len(outputs))]
+    for output, result in zip(outputs, results, strict=True):
+        output.replace_all_uses_with(result, lambda user: user not in inside)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+
+
+def _key(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> str:
+    """What two groups of nodes share that do the same to inputs of the same kinds."""
+    index = {node: f"%{position}" for position, node in enumerate([*inputs, *nodes])}
+    values = [node.meta["val"] for node in inputs]
+    kinds = [(value.shape, value.stride(), value.dtype, value.device) for value in values]
+    calls = [(node.target, map_arg((node.args, node.kwargs), index.__getitem__)) for node in nodes]
+    return str((kinds, calls, [index[node] for node in outputs]))
+
+
+def _region(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Callable[..., Any]:
+    """``nodes`` as a function of their inputs, marked for torch."""
+    graph = Graph()
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    results = [copies[node] for node in outputs]
+    graph.output(results[0] if len(results) == 1 else tuple(results))
+    body = GraphModule(nn.Module(), graph)
 
     def region(*tensors: Tensor) -> Any:
-        return target(*[tensors[item] if isinstance(item, int) else item[0] for item in args])
+        return body(*tensors)
 
     marked: Callable[..., Any] = torch.compiler.nested_compile_region(region)
-    marked.__module__, marked.__name__ = __name__, str(target).replace(".", "_")  # what the graph's code calls it
+    marked.__module__, marked.__name__ = __name__, f"region_{id(body)}"  # what the graph's code calls it
     return marked

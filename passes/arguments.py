@@ -35,10 +35,20 @@ NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.group_no
 
 def shows_its_input(node: Node) -> bool:
     """Whether the memory of ``node`` may be that of its first input."""
-    if node.target is operator.getitem or inactive_dropout(node):
+    if node.target is operator.getitem:
+        source: Any = node.args[0]
+        return shows_its_input(source) or not hasattr(source.target, "_schema")
+    if inactive_dropout(node):
         return True
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def memory_of(node: Any) -> Node:
+    """What ``node`` may show the memory of, through any number of views."""
+    while shows_its_input(node):
+        node = node.args[0]
+    return node  # type: ignore[no-any-return]
 
 
 def aliases(node: Node) -> set[Node]:

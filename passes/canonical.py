@@ -23,8 +23,8 @@ from bigain_fx.passes.arguments import (
     VIEWS,
     aliases,
     cut_dim,
+    memory_of,
     mutates,
-    shows_its_input,
     slice_range,
 )
 from bigain_fx.passes.axes import aten, shape_of
@@ -85,28 +85,21 @@ def _is_alone(part: Node, copy: Node) -> bool:
 
 def _names_read_after(write: Node) -> set[Any]:
     """What shows, under an older name, the memory that ``write`` changes, and is read later; unknown of an input's."""
-    root = _root(write.args[0])
+    root = memory_of(write.args[0])
     if root.op != "call_function":
         return {None}
     older = {alias for alias in aliases(root) if alias < write}
     return {alias for alias in older if any(user > write for user in alias.users)}
 
 
-def _root(node: Any) -> Node:
-    """What ``node`` shows the memory of, through any number of views."""
-    while shows_its_input(node):
-        node = node.args[0]
-    return node  # type: ignore[no-any-return]
-
-
 def _share_views(surgeon: Surgeon) -> None:
     """Read the first of several equal views or casts, unless somebody writes into what they show."""
     first: dict[str, Node] = {}
     writes = [node for node in surgeon.graph.nodes if mutates(node)]
-    written = {_root(source) for write in writes for source in write.all_input_nodes}
+    written = {memory_of(source) for write in writes for source in write.all_input_nodes}
     for node in [node for node in surgeon.graph.nodes if node.target in _SHARED]:
         same = first.setdefault(str((node.target, node.args, node.kwargs)), node)
-        if same is not node and _root(node) not in written:
+        if same is not node and memory_of(node) not in written:
             node.replace_all_uses_with(same)
             surgeon.graph.erase_node(node)
 

@@ -26,7 +26,7 @@ from bigain_fx.passes.metric import Metric
 from bigain_fx.passes.ops import complete_cells, random_positions
 from bigain_fx.passes.region import Region
 from bigain_fx.passes.sites import AttentionSite
-from bigain_fx.passes.surgery import Surgeon
+from bigain_fx.passes.surgery import BRANCH, Surgeon
 
 bigain = torch.ops.bigain
 
@@ -64,6 +64,8 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
             merged = surgeon.emit(bigain.merge.default, (source, groups, before + left + after), like=site.sdpa)
         known = {source: merged}
         Fewer(surgeon, region.layouts, left, rep).replay(region.nodes, known)
+        for node in known.values():
+            node.meta[BRANCH] = merged.name
         for node in region.loose:
             node.replace_all_uses_with(known[node])
         for node in region.exits:

@@ -15,6 +15,8 @@ from torch.fx.node import map_arg
 
 from bigain_fx.passes.axes import aten
 
+BRANCH = "bigain_branch"
+"""Key in the ``meta`` of emitted nodes: the name of the merge with whose tokens they go on, or None."""
 # Torch calls these impure, for the random numbers that they could draw.
 _DROPPABLE = frozenset({aten.scaled_dot_product_attention.default, aten.dropout.default})
 
@@ -47,6 +49,7 @@ class Surgeon:
             with self._mode, torch.no_grad():
                 self._values[key] = target(*concrete[0], **concrete[1])
         node.meta["val"] = self._values[key]
+        node.meta[BRANCH] = None
         node.meta["origin"] = like.meta.get("origin", like.name)
         for origin in ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack"):
             if origin in like.meta:
@@ -65,7 +68,7 @@ class Surgeon:
             self.module.register_buffer(name, value.to(like.meta["val"].device), persistent=False)
             with self.after(next(iter(self.graph.nodes))):
                 self._constants[name] = node = self.graph.get_attr(name)
-            node.meta["val"] = self._mode.from_tensor(getattr(self.module, name))
+            node.meta["val"] = self._mode.from_tensor(getattr(self.module, name), static_shapes=True)
         return self._constants[name]
 
     def once(self, key: Any, after: Node, make: Callable[[], Node]) -> Node:

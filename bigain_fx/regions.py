@@ -60,8 +60,8 @@ def _with_own_inputs(nodes: Sequence[Node]) -> list[Node]:
     found, pending = set(nodes), list(nodes)
     while pending:
         for source in pending.pop().all_input_nodes:
-            emitted = BRANCH in source.meta and source.target is not PLAN
-            if emitted and source not in found and all(user in found for user in source.users):
+            free = source.meta.get(BRANCH) == "" and source.target is not PLAN
+            if free and source not in found and all(user in found for user in source.users):
                 found.add(source)
                 pending.append(source)
     # What is taken from a result that stays outside stays there with it: regions take tensors.
@@ -74,6 +74,7 @@ def _call_as_region(graph: Graph, nodes: Sequence[Node], regions: dict[str, Call
     They stay where something between them changes memory, or needs some of them and feeds others, and where inputs or
     outputs may share memory: torch has no such regions.
     """
+    nodes = sorted(nodes)  # an earlier call may have moved some
     inside, later = set(nodes), dict[Node, None]()
     node, last = nodes[0], nodes[-1]
     while node is not last:
@@ -127,5 +128,5 @@ def _region(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Nod
         return body(*tensors)
 
     marked: Callable[..., Any] = torch.compiler.nested_compile_region(region)
-    marked.__module__, marked.__name__ = __name__, f"region_{id(body)}"  # what the graph's code calls it
+    marked.__module__, marked.__name__ = __name__, "region"  # what the graph's code calls it
     return marked

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from bigain_fx.passes.axes import aten
 
 BRANCH = "bigain_branch"
-"""Key in the ``meta`` of emitted nodes: the name of the merge with whose tokens they go on, or None."""
+"""Key in the ``meta`` of emitted nodes: the name of the merge with whose tokens they go on, or nothing."""
 # Torch calls these impure, for the random numbers that they could draw.
 _DROPPABLE = frozenset({aten.scaled_dot_product_attention.default, aten.dropout.default})
 
@@ -49,7 +49,7 @@ class Surgeon:
             with self._mode, torch.no_grad():
                 self._values[key] = target(*concrete[0], **concrete[1])
         node.meta["val"] = self._values[key]
-        node.meta[BRANCH] = None
+        node.meta[BRANCH] = ""
         node.meta["origin"] = like.meta.get("origin", like.name)
         for origin in ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack"):
             if origin in like.meta:

@@ -94,3 +94,42 @@ def test_compiled_code_is_cached_under_the_source_of_the_operators(through: str)
         assert torch.compiler.config.cache_key_tag == "mine"
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(OPS.glob("*.py")))).hexdigest()
     assert tags == [f"mine bigain-fx {digest}"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_branch_on_merged_tokens_is_in_the_region(name: str) -> None:
+    torch.manual_seed(0)
+    model = Twice().eval()
+    arguments, _ = CallBinder(model).bind((IMAGE,), {})
+    module = rewrite(capture(model, arguments).module, normalize(METHODS[name])).module
+    (before,) = module(*flat_tensors(arguments))
+    as_regions(module)
+    assert torch.equal(module(*flat_tensors(arguments))[0], before)
+    targets = [node.target for node in module.graph.nodes]
+    assert torch.ops.aten.scaled_dot_product_attention.default not in targets
+    assert targets.count(torch.ops.bigain.unmerge.default) == 2
+
+
+class Writes(nn.Module):
+    """An attention that counts its calls, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = toys.Separate()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, image: Tensor) -> Tensor:
+        q = self.attention(image)
+        self.calls.add_(1.0)  # type: ignore[operator]
+        return q + self.calls
+
+
+def test_a_write_is_never_moved() -> None:
+    torch.manual_seed(0)
+    model = Writes().eval()
+    arguments, _ = CallBinder(model).bind((IMAGE,), {})
+    module = rewrite(capture(model, arguments).module, normalize(METHODS["merge"])).module
+    as_regions(module)
+    first = module(*flat_tensors(arguments))[0]
+    second = module(*flat_tensors(arguments))[0]
+    torch.testing.assert_close(second - first, torch.ones_like(first))

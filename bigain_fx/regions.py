@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bigain_fx.passes import ops
 from bigain_fx.passes.arguments import memory_of, mutates
@@ -36,7 +37,7 @@ def as_regions(module: GraphModule) -> None:
     groups += [[node] for node in module.graph.nodes if node.target is PLAN]
     regions: dict[str, Callable[..., Any]] = {}
     for nodes in groups:
-        _call_as_region(module.graph, nodes, regions)
+        _call_as_region(module, nodes, regions)
     module.graph.lint()
     module.recompile()
 
@@ -68,12 +69,13 @@ def _with_own_inputs(nodes: Sequence[Node]) -> list[Node]:
     return sorted(node for node in found if node.target is not operator.getitem or node.args[0] in found)
 
 
-def _call_as_region(graph: Graph, nodes: Sequence[Node], regions: dict[str, Callable[..., Any]]) -> None:
+def _call_as_region(module: GraphModule, nodes: Sequence[Node], regions: dict[str, Callable[..., Any]]) -> None:
     """Put one call in the place of ``nodes``.
 
-    They stay where something between them changes memory, or needs some of them and feeds others, and where inputs or
-    outputs may share memory: torch has no such regions.
+    They stay where something between them changes memory, or needs some of them and feeds others; and where inputs or
+    outputs may share memory, or weights are tensor subclasses (quantized): torch has no such regions.
     """
+    graph = module.graph
     nodes = sorted(nodes)  # an earlier call may have moved some
     inside, later = set(nodes), dict[Node, None]()
     node, last = nodes[0], nodes[-1]
@@ -85,8 +87,12 @@ def _call_as_region(graph: Graph, nodes: Sequence[Node], regions: dict[str, Call
             later[node] = None
     inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside))
     outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+    weights = [operator.attrgetter(str(node.target))(module) for node in inputs if node.op == "get_attr"]
+    if any(source in later for source in inputs) or any(map(is_traceable_wrapper_subclass, weights)):
+        return
     memory = [memory_of(node) for node in (*inputs, *outputs)]
-    if any(source in later for source in inputs) or len(set(memory)) < len(memory):
+    storages = [weight.untyped_storage()._cdata for weight in weights]
+    if len(set(memory)) < len(memory) or len(set(storages)) < len(storages):
         return
     key = _key(nodes, inputs, outputs)
     if key not in regions:

@@ -133,3 +133,15 @@ def test_a_write_is_never_moved() -> None:
     first = module(*flat_tensors(arguments))[0]
     second = module(*flat_tensors(arguments))[0]
     torch.testing.assert_close(second - first, torch.ones_like(first))
+
+
+def test_weights_that_share_memory_stay_out_of_regions() -> None:
+    """Torch refuses such inputs of a region when it compiles."""
+    torch.manual_seed(0)
+    model, found = Twice().eval(), []
+    for attention in (model.first, model.second):
+        attention.k.weight.data = attention.q.weight.data
+    expected = bgx.optimize(model, (IMAGE,), method=METHODS["merge"], backend="eager")(IMAGE)
+    torch.testing.assert_close(compiled(model, METHODS["merge"], found), expected)
+    calls = [node for node in found[0].graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph]
+    assert len(calls) == 2  # the plans

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -128,11 +128,7 @@ def _region(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Nod
         copies[node] = graph.node_copy(node, copies.__getitem__)
     results = [copies[node] for node in outputs]
     graph.output(results[0] if len(results) == 1 else tuple(results))
-    body = GraphModule(nn.Module(), graph)
-
-    def region(*tensors: Tensor) -> Any:
-        return body(*tensors)
-
-    marked: Callable[..., Any] = torch.compiler.nested_compile_region(region)
+    # Torch knows a region by its code object: this one has its operators and literals in it, a closure would not.
+    marked: Callable[..., Any] = torch.compiler.nested_compile_region(GraphModule(nn.Module(), graph))
     marked.__module__, marked.__name__ = __name__, "region"  # what the graph's code calls it
     return marked

@@ -145,3 +145,26 @@ def test_weights_that_share_memory_stay_out_of_regions() -> None:
     torch.testing.assert_close(compiled(model, METHODS["merge"], found), expected)
     calls = [node for node in found[0].graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph]
     assert len(calls) == 2  # the plans
+
+
+class TwoGrids(nn.Module):
+    """Two attentions whose tokens are of the same shape, on grids of 4 x 6 and 6 x 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = toys.Separate(), toys.Separate()
+
+    def forward(self, image: Tensor) -> Tensor:
+        sides = [image, image.transpose(-1, -2), image.flip(-1), image.flip(-1).transpose(-1, -2)]
+        return sum(attention(side) for side in sides for attention in (self.first, self.second))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_equal_inputs_and_other_literals_are_another_region(name: str) -> None:
+    torch.manual_seed(0)
+    model, found = TwoGrids().eval(), []
+    expected = bgx.optimize(model, (IMAGE,), method=METHODS[name], backend="eager")(IMAGE)
+    torch.testing.assert_close(compiled(model, METHODS[name], found), expected)
+    calls = [node for node in found[0].graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph]
+    # The plan knows the grid, and so does the downsampling; what runs on merged tokens does not.
+    assert len({call.args[1] for call in calls}) == (4 if name == "both" else 3)

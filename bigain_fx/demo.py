@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from bigain_fx import demo_onnx, demo_report, embedded
-from bigain_fx.classify import classify
+from bigain_fx.classify import DiffusionClassifier
 from bigain_fx.demo_report import Variant
 from bigain_fx.denoiser import optimize
 from bigain_fx.deploy import onnx_missing
@@ -116,7 +116,7 @@ def measure(
     noise = torch.randn((budget.batch, *bundle.sample_shape), generator=generator)
     noisy = bundle.scheduler.add_noise(data.images[rows], noise, timesteps)
     call = partial(
-        predict, bundle=bundle, x=noisy, timesteps=timesteps, labels=data.labels[rows], batch=budget.batch
+        predict, condition=bundle.condition, x=noisy, timesteps=timesteps, labels=data.labels[rows], batch=budget.batch
     )  # fmt: skip
 
     task = progress.add_task(f"{name}: {'trace' if backend == 'eager' else 'compile'}", total=len(METHODS))
@@ -156,10 +156,10 @@ def measure(
     calls = math.ceil(len(data) * budget.pairs * bundle.num_classes / budget.batch)
     task = progress.add_task(f"{name}: classify", total=calls * len(METHODS))
     classified = [
-        classify(
-            variant, bundle, data.images, pairs=budget.pairs, batch=budget.batch, seed=SEED,
-            progress=partial(progress.advance, task),
-        )
+        DiffusionClassifier(
+            variant, bundle.scheduler, bundle.condition(torch.arange(bundle.num_classes)), n_samples=(budget.pairs,),
+            to_keep=(1,), batch=budget.batch, seed=SEED,
+        )(data.images, progress=partial(progress.advance, task))
         for variant in variants
     ]  # fmt: skip
     reports = [variant.report for variant in variants]

@@ -89,16 +89,21 @@ def _resolve(method: Method, model: nn.Module | None) -> Method:
         return method
     if method.alpha.t_noisy is not None:
         return method
-    names = [] if model is None else [kind.__name__ for kind in type(model).__mro__]
-    known = next((UNITS[name] for name in names if name in UNITS), None)
-    if known is None:
-        family = names[0] if names else "the model"
+    units = timestep_units(model)
+    if units is None:
+        family = "the model" if model is None else type(model).__name__
         raise MethodError(
             f"alpha={method.alpha!r}: the units in which {family} takes its timestep are not known; name them, as in "
             "LinearAlpha(t_noisy=999, t_clean=0)"
         )
-    noisy, clean = known(getattr(model, "config", None)) if callable(known) else known
-    return replace(method, alpha=replace(method.alpha, t_noisy=noisy, t_clean=clean))
+    return replace(method, alpha=replace(method.alpha, t_noisy=units[0], t_clean=units[1]))
+
+
+def timestep_units(model: object) -> Units | None:
+    """The timestep input of ``model`` at the noisiest of 1,000 steps and at the clean end; None if not known."""
+    names = [kind.__name__ for kind in type(model).__mro__]
+    known = next((UNITS[name] for name in names if name in UNITS), None)
+    return known(getattr(model, "config", None)) if callable(known) else known
 
 
 @dataclass(frozen=True)

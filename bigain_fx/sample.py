@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from bigain_fx.passes.errors import InputError
 
 
 def predict(
-    denoiser: nn.Module,
-    bundle: ClassConditional,
+    denoiser: Callable[..., Any],
+    condition: Callable[[Tensor], Mapping[str, Any]],
     x: Tensor,
     timesteps: Tensor,
     labels: Tensor,
@@ -27,16 +28,16 @@ def predict(
     Every call has the same shapes, timesteps included: one compiled graph serves sampling and classification.
 
     Args:
-        denoiser: ``bundle.model``, or what :func:`bigain_fx.optimize` made of it.
-        bundle: how a class becomes a condition.
-        x: ``(n, C, H, W)``, in the dtype and on the device of the weights.
-        timesteps: ``(n,)`` int64.
-        labels: ``(n,)`` int64; ``bundle.num_classes`` is the unconditional class.
+        denoiser: a diffusers denoiser, or what :func:`bigain_fx.optimize` made of it.
+        condition: the keyword arguments of the denoiser for ``(batch,)`` int64 labels.
+        x: ``(n, C, ...)``, in the dtype and on the device of the weights.
+        timesteps: ``(n,)``.
+        labels: ``(n,)`` int64.
         batch: rows of each call.
         progress: called after each of the ``ceil(n / batch)`` calls.
 
     Returns:
-        ``(n, C, H, W)``; a learned variance is dropped.
+        ``(n, C, ...)``; a learned variance is dropped.
 
     Raises:
         InputError: ``batch`` below 1.
@@ -48,8 +49,8 @@ def predict(
     for start in range(0, len(x), batch):
         rows = torch.arange(start, start + batch, device=x.device).clamp_(max=len(x) - 1)
         with torch.no_grad():
-            condition = bundle.condition(labels[rows])
-            output: Tensor = denoiser(x[rows], timestep=timesteps[rows], **condition, return_dict=False)[0]
+            given = condition(labels[rows])
+            output: Tensor = denoiser(x[rows], timestep=timesteps[rows], **given, return_dict=False)[0]
         outputs.append(output[: len(x) - start, :channels])
         if progress is not None:
             progress()
@@ -103,7 +104,7 @@ def sample(
         rows = scheduler.scale_model_input(x, t)
         rows = torch.cat([rows, rows]) if guided else rows
         timesteps = torch.full((len(rows),), int(t), device=x.device)
-        output = predict(denoiser, bundle, rows, timesteps, conditions, batch=batch, progress=progress)
+        output = predict(denoiser, bundle.condition, rows, timesteps, conditions, batch=batch, progress=progress)
         if guidance is not None and guided:
             conditional, unconditional = output.chunk(2)
             output = unconditional + guidance * (conditional - unconditional)

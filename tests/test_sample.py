@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 import bigain_fx as bgx
-from bigain_fx.classify import classify
+from bigain_fx.classify import DiffusionClassifier
 from bigain_fx.embedded import ClassConditional
 from bigain_fx.sample import predict, sample
 
@@ -108,7 +108,7 @@ def test_every_call_has_one_shape_and_padding_changes_nothing() -> None:
     bundle = tiny()
     x, timesteps, labels = torch.randn(7, 1, 8, 8), torch.arange(7) * 100, torch.arange(7) % 4
     recorder, ticks = Recorder(bundle.model), []
-    padded = predict(recorder, bundle, x, timesteps, labels, batch=4, progress=lambda: ticks.append(1))
+    padded = predict(recorder, bundle.condition, x, timesteps, labels, batch=4, progress=lambda: ticks.append(1))
     assert [tuple(call["x"].shape) for call in recorder.calls] == [(4, 1, 8, 8)] * 2
     assert [tuple(call["timestep"].shape) for call in recorder.calls] == [(4,)] * 2
     assert len(ticks) == 2
@@ -121,7 +121,10 @@ def test_one_graph_serves_sampling_and_classification(make: Callable[[], ClassCo
     bundle = make()
     fast = bgx.optimize(bundle.model, method=bgx.LaplacianMerge(0.7), backend="eager")
     images = sample(fast, bundle, torch.arange(3), steps=2, guidance=2.0, noise=torch.randn(3, 1, 8, 8), batch=4)
-    found = classify(fast, bundle, images[:1], pairs=1, batch=4)
+    classifier = DiffusionClassifier(
+        fast, bundle.scheduler, bundle.condition(torch.arange(3)), n_samples=(1,), to_keep=(1,), batch=4
+    )
+    found = classifier(images[:1])
     assert images.shape == (3, 1, 8, 8)
     assert found.errors.shape == (1, 3)
     assert images.abs().max() <= 1

@@ -83,7 +83,7 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: among the nodes of a large graph it takes a third of the time, and finds little."""
+    """No garbage collection meanwhile: among the nodes of a large graph it takes a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -39,3 +39,15 @@ def test_the_times_to_the_first_step_are_those_of_the_result_file() -> None:
     for row in rows:
         way, _, cache = row["name"].partition(", ")
         assert f"{row['total_s']:.1f} s by `{way}`" + f", {cache}" * bool(cache) in text
+
+
+def test_compiling_takes_what_the_result_files_say() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    found = re.findall(r"(\d\.\d\d)x for \[[^]]+\]\((bench/results/compile-\S+?\.json)\)", text)
+    assert {file for _, file in found} == {f"bench/results/compile-{name}.json" for name in ("flux",)}
+    for claimed, file in found:
+        dense, *rows = json.loads((ROOT / file).read_text())["rows"]
+        assert dense["ratio"] is None
+        assert claimed == f"{max(row['ratio'] for row in rows):.2f}"
+        assert max(row["ratio"] for row in rows) <= 1.25
+        assert max(row["passes_s"] for row in rows) < 2

@@ -28,6 +28,7 @@ from bigain_fx.capture import CallBinder, capture, flat_tensors
 from bigain_fx.passes.axes import shape_of
 from bigain_fx.passes.flops import flops
 from bigain_fx.passes.methods import KVDownsample, Methods, ToDo
+from bigain_fx.passes.ops import PLANS
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.passes.surgery import Surgeon
 
@@ -100,11 +101,11 @@ def free(module: GraphModule) -> GraphModule:
             with module.graph.inserting_before(node):
                 node.replace_all_uses_with(replace(surgeon, node, *node.args))
             module.graph.erase_node(node)
-        elif node.target is bigain.merge_plan.default:
+        elif node.target in PLANS:
             _fix_representatives(surgeon, node)
     surgeon.finish()
     for node in module.graph.nodes:
-        if node.target is bigain.merge_plan.default:
+        if node.target in PLANS:
             readers = ", ".join(sorted(str(user) for item in node.users for user in item.users))
             raise BenchError(f"the plan {node} is also read by {readers}: there is no free bound of this graph")
     return module
@@ -148,6 +149,7 @@ def _stride(surgeon: Surgeon, node: Node, x: Node, alpha: float | Node, grid: tu
 
 _FREE: dict[Any, Callable[..., Node]] = {
     bigain.merge.default: _slice,
+    bigain.mlerp.default: _slice,
     bigain.unmerge.default: _tile,
     bigain.kv_downsample.default: _stride,
     bigain.kv_downsample.Tensor: _stride,

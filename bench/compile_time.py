@@ -28,7 +28,8 @@ from rich.console import Console
 from bigain_fx.bench import BenchError, result
 from bigain_fx.capture import CallBinder, capture, flat_tensors
 from bigain_fx.models import KNOWN, Workload, example_inputs, load
-from bigain_fx.passes.methods import Methods, parse
+from bigain_fx.passes.grammar import parse
+from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.regions import as_regions
 

@@ -63,7 +63,7 @@ def run(model: str, method: str, size: int | None, batch: int, rounds: int, fold
     """
     import bigain_fx as bgx
     from bigain_fx.models import load
-    from bigain_fx.passes.methods import parse
+    from bigain_fx.passes.grammar import parse
 
     workload = load(model, size=size, batch=batch)
     for name, export in (("denoiser.pt2", bgx.export_package), ("denoiser.onnx", bgx.export_onnx)):
@@ -117,7 +117,7 @@ def first_step(options: str) -> None:
         import diffusers.models  # noqa: F401
 
         from bigain_fx.models import load
-        from bigain_fx.passes.methods import parse
+        from bigain_fx.passes.grammar import parse
 
         imported = time.perf_counter()
         workload = load(model, size=size, batch=batch)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         MethodError,
         RewriteError,
     )
-    from bigain_fx.passes.methods import KVDownsample, LaplacianMerge, LinearAlpha, ToDo, ToMe
+    from bigain_fx.passes.methods import BlockPool, KVDownsample, LaplacianMerge, LinearAlpha, ToDo, ToMe
     from bigain_fx.report import Report
 
 __version__ = "0.1.0"
@@ -30,18 +30,20 @@ _HOMES = {
     "bigain_fx.deploy": ("ExportRecord", "export_onnx", "export_package"),
     "bigain_fx.deployed": ("OrtDenoiser", "PackagedDenoiser", "load_package"),
     "bigain_fx.passes.errors": (
-        "BigainError", "CaptureError", "ExportError", "GridError", "InputError", "MethodError", "RewriteError",
+        "BigainError", "BlockPool", "CaptureError", "ExportError", "GridError", "InputError", "MethodError", "RewriteError",
     ),
-    "bigain_fx.passes.methods": ("KVDownsample", "LaplacianMerge", "LinearAlpha", "ToDo", "ToMe"),
+    "bigain_fx.passes.methods": (
+        "BlockPool", "KVDownsample", "LaplacianMerge", "LinearAlpha", "ToDo", "ToMe",
+    ),
     "bigain_fx.report": ("Report",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "BigainError", "CaptureError", "Classification", "DiffusionClassifier", "ExportError", "ExportRecord", "GridError",
-    "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha", "MethodError", "OptimizedDenoiser", "OrtDenoiser",
-    "PackagedDenoiser", "Report", "RewriteError", "ToDo", "ToMe", "export_onnx", "export_package", "inspect",
-    "load_package", "optimize",
+    "BigainError", "BlockPool", "CaptureError", "Classification", "DiffusionClassifier", "ExportError",
+    "ExportRecord", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha", "MethodError",
+    "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "Report", "RewriteError", "ToDo", "ToMe", "export_onnx",
+    "export_package", "inspect", "load_package", "optimize",
 ]  # fmt: skip
 
 

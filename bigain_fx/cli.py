@@ -63,7 +63,7 @@ def inspect(
 
     import bigain_fx as bgx
     from bigain_fx.models import load
-    from bigain_fx.passes.methods import parse_list
+    from bigain_fx.passes.grammar import parse_list
     from bigain_fx.report import COLUMNS
 
     methods = parse_list(method)
@@ -122,7 +122,7 @@ def export(
     from bigain_fx.deploy import check_options
     from bigain_fx.models import load
     from bigain_fx.passes.errors import InputError
-    from bigain_fx.passes.methods import parse_list
+    from bigain_fx.passes.grammar import parse_list
 
     parsed = parse_list(methods)
     if format == Format.onnx:
@@ -185,7 +185,7 @@ def bench(
     from bigain_fx.bench.run import run
     from bigain_fx.models import load
     from bigain_fx.passes.errors import InputError
-    from bigain_fx.passes.methods import parse_list
+    from bigain_fx.passes.grammar import parse_list
 
     parsed, exported = parse_list(methods), parse_list(onnx) if onnx else {}
     if device not in ("cpu", "cuda"):

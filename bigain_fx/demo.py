@@ -22,9 +22,9 @@ from bigain_fx.classify import DiffusionClassifier
 from bigain_fx.demo_report import Variant
 from bigain_fx.denoiser import optimize
 from bigain_fx.deploy import onnx_missing
-from bigain_fx.embedded.data import Digits, digits
+from bigain_fx.embedded.data import Images, data_set
 from bigain_fx.passes.errors import InputError
-from bigain_fx.passes.methods import parse
+from bigain_fx.passes.grammar import parse
 from bigain_fx.sample import predict, sample
 
 METHODS = ("dense", "bigain-tm:0.7", "bigain-td:2")
@@ -45,7 +45,7 @@ class Budget:
         rounds: timed calls of each variant.
     """
 
-    models: tuple[str, ...] = embedded.NAMES
+    models: tuple[str, ...] = ("mnist-dit", "mnist-unet")
     batch: int = 20
     rows: int = 2
     steps: int = 12
@@ -79,8 +79,7 @@ def run(out: Path, quick: bool = False, backend: str = "inductor") -> dict[str, 
     console, started = Console(), time.perf_counter()
     budget = QUICK if quick else FULL
     make_folder(out)
-    _, held_out = digits()
-    chosen = Digits(held_out.images[: budget.images], held_out.labels[: budget.images])
+    chosen = data_set("mnist").held_out.first(budget.images)
     no_onnx = onnx_missing()
     if no_onnx:
         console.print(f"no ONNX rows: {no_onnx}", soft_wrap=True, markup=False)
@@ -102,7 +101,7 @@ def run(out: Path, quick: bool = False, backend: str = "inductor") -> dict[str, 
 
 
 def measure(
-    name: str, budget: Budget, data: Digits, backend: str, progress: Progress, *, onnx: bool
+    name: str, budget: Budget, data: Images, backend: str, progress: Progress, *, onnx: bool
 ) -> tuple[list[Variant], list[dict[str, Any]]]:
     """Optimize the embedded denoiser ``name`` by each of :data:`METHODS` and measure the variants side by side.
 

@@ -17,7 +17,7 @@ from bigain_fx.demo_report import Variant, decibels
 from bigain_fx.deploy import export_onnx
 from bigain_fx.deployed import OrtDenoiser
 from bigain_fx.embedded import ClassConditional
-from bigain_fx.passes.methods import parse
+from bigain_fx.passes.grammar import parse
 
 METHODS = ("dense", "bigain-tm:0.7")
 

@@ -20,8 +20,9 @@ from bigain_fx.deployed import DeployedDenoiser
 from bigain_fx.export.interface import Interface, describe
 from bigain_fx.families import GridHint
 from bigain_fx.passes.errors import CaptureError, InputError
+from bigain_fx.passes.grammar import parse
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
-from bigain_fx.passes.methods import Method, Methods, parse
+from bigain_fx.passes.methods import Method, Methods
 from bigain_fx.report import Report
 
 Example = tuple[tuple[Any, ...], Mapping[str, Any]]

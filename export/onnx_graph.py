@@ -51,8 +51,13 @@ def to_onnx(
             ``"standard"`` leaves it to the opset: ``Attention`` from 23 on, ``MatMul`` and ``Softmax`` below.
 
     Raises:
-        ExportError: torch's exporter cannot translate the graph; its error is chained.
+        ExportError: an operator without an ONNX form; or torch's exporter cannot translate the graph (chained).
     """
+    for node in module.graph.nodes:
+        if getattr(node.target, "namespace", "") == "bigain" and node.target not in _TABLE:
+            raise ExportError(
+                f"{node.target} has no ONNX form: cell_layout, reduce and BlockPool are for comparison in torch"
+            )
     try:
         with torch.no_grad(), quiet():
             program = retrace(_Symbolic(module, attention), inputs)

@@ -21,7 +21,7 @@ from torch.fx import Node
 from bigain_fx.passes.axes import aten, parts, shape_of
 from bigain_fx.passes.fewer import Fewer, among_all, image_rows
 from bigain_fx.passes.fused import separated
-from bigain_fx.passes.methods import MergeMethod, ToMe
+from bigain_fx.passes.methods import BlockPool, LaplacianMerge, MergeMethod, ToMe
 from bigain_fx.passes.metric import Metric
 from bigain_fx.passes.ops import complete_cells, random_positions
 from bigain_fx.passes.region import Region
@@ -32,9 +32,12 @@ bigain = torch.ops.bigain
 
 
 def tokens_after(site: AttentionSite, method: MergeMethod) -> int:
-    """Tokens that are left: ``N - min(int(N * ratio), sources)``."""
-    sources = site.tokens - math.prod(complete_cells(site.grid, method.cell))
-    return site.tokens - min(int(site.tokens * method.ratio), sources)
+    """Tokens that are left: ``N - min(int(N * ratio), sources)``; pooling takes whole cells."""
+    cells, folded = math.prod(complete_cells(site.grid, method.cell)), int(site.tokens * method.ratio)
+    if isinstance(method, BlockPool):
+        each = math.prod(method.cell) - 1
+        return site.tokens - min(folded // each, cells) * each
+    return site.tokens - min(folded, site.tokens - cells)
 
 
 def refuse(site: AttentionSite, method: MergeMethod) -> str | None:
@@ -59,11 +62,16 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
         assign, rep = _plan(surgeon, site, method, left)
     for source, region in regions:
         before, _, after = parts(region.layouts[source][1])
-        groups = among_all(surgeon, assign, before, after, left)
-        with surgeon.after(max(source, groups)):
-            merged = surgeon.emit(bigain.merge.default, (source, groups, before + left + after), like=site.sdpa)
+        fewer = Fewer(surgeon, region.layouts, left, rep)
+        if method.reduce == "prune":
+            merged = fewer.pick(source, (-2,), region.layouts[source])
+        else:
+            groups = among_all(surgeon, assign, before, after, left)
+            reduce = bigain.mlerp.default if method.reduce == "mlerp" else bigain.merge.default
+            with surgeon.after(max(source, groups)):
+                merged = surgeon.emit(reduce, (source, groups, before + left + after), like=site.sdpa)
         known = {source: merged}
-        Fewer(surgeon, region.layouts, left, rep).replay(region.nodes, known)
+        fewer.replay(region.nodes, known)
         for node in known.values():
             node.meta[BRANCH] = merged.name
         for node in region.loose:
@@ -90,13 +98,18 @@ def _plan(surgeon: Surgeon, site: AttentionSite, method: MergeMethod, left: int)
         swapped = emit(aten.transpose.int, (metric, 0, 1), like=site.sdpa)
         metric = emit(aten.reshape.default, (swapped, [1, site.tokens, -1]), like=site.sdpa)
     position = None
-    if isinstance(method, ToMe):
+    if isinstance(method, LaplacianMerge) and method.cell_layout == "row":
+        position = emit(bigain.row_positions.default, (metric, list(site.grid), list(method.cell)), like=site.sdpa)
+    elif isinstance(method, ToMe):
         offsets = random_positions(site.grid, method.cell, method.seed)
         if method.destination == "top-left":
             offsets = torch.zeros_like(offsets)
         position = surgeon.constant(f"bigain_positions_{site.grid[0]}x{site.grid[1]}", offsets, like=site.sdpa)
-    args = (metric, list(site.grid), list(method.cell), site.tokens - left, position)
-    plan = emit(bigain.merge_plan.default, args, like=site.sdpa)
+    where, folded = (metric, list(site.grid), list(method.cell)), site.tokens - left
+    if isinstance(method, BlockPool):
+        plan = emit(bigain.pool_plan.default, (*where, folded // (math.prod(method.cell) - 1)), like=site.sdpa)
+    else:
+        plan = emit(bigain.merge_plan.default, (*where, folded, position), like=site.sdpa)
     assign, rep = surgeon.item(plan, 0), surgeon.item(plan, 1)
     if shared:
         assign = emit(aten.expand.default, (assign, [site.batch, site.tokens]), like=site.sdpa)

@@ -1,15 +1,10 @@
-"""The methods: frozen, hashable values that say what to do with a self-attention, validated when made.
-
-One text grammar names them on every command line and in every table: ``dense``, ``tome:0.7``, ``bigain-tm:0.7``,
-``bigain-tm:0.7:block``, ``todo:2``, ``bigain-td:2``, ``bigain-td:2:0.9``, ``bigain-td:2:0.8..1.2``; ``+`` joins a merge
-with a downsampling.
-"""
+"""The methods: frozen, hashable values that say what to do with a self-attention, validated when made."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from bigain_fx.passes.errors import MethodError
@@ -19,7 +14,10 @@ CHOICES = {
     "scope": ("attention", "block"),
     "align": ("sample", "batch"),
     "metric": ("auto", "stream", "input"),
+    "reduce": ("mean", "mlerp", "prune"),
 }
+LEADING = ("ratio", "factor", "alpha")
+"""Fields that a text gives by their place; ``scope`` may be given by its value alone."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,11 @@ class _Merge:
     scope: str = "attention"
     align: str = "sample"
     metric: str = "auto"
+    reduce: str = "mean"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise MethodError(f"{name}={getattr(self, name)!r} must be {' or '.join(map(repr, choices))}")
+            _choice(name, getattr(self, name), choices)
         if (
             not isinstance(self.cell, tuple)
             or len(self.cell) != 2
@@ -95,7 +93,7 @@ class _Merge:
         return self.ratio == 0
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.ratio:g}" + (":block" if self.scope == "block" else "")
+        return _text(self, f"{self.ratio:g}")
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,17 @@ class LaplacianMerge(_Merge):
             their metrics side by side: for the halves of guidance, or one image under many conditions.
         metric: what the plan is made from: ``"stream"`` is the input of the norm above the attention, ``"input"`` what
             the attention reads, ``"auto"`` the stream where nothing but the norm lies between (``docs/operators.md``).
+        reduce: what a group becomes: its ``"mean"`` (the paper), ``"mlerp"``, the mean as long as the longest member,
+            or ``"prune"``, its destination as it is.
+        cell_layout: ``"block"``, cells as in the paper's text, or ``"row"``, as the released code forms them.
     """
 
     name: ClassVar[str] = "bigain-tm"
+    cell_layout: str = "block"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choice("cell_layout", self.cell_layout, ("block", "row"))
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class ToMe(_Merge):
     """ToMe for diffusion, the baseline: as :class:`LaplacianMerge`, with destinations that ignore the image.
 
     Attributes:
-        ratio, cell, levels, scope, align, metric: as in :class:`LaplacianMerge`.
+        ratio, cell, levels, scope, align, metric, reduce: as in :class:`LaplacianMerge`.
         destination: ``"random"``, one draw per graph and grid from ``seed``, or ``"top-left"`` of each cell.
         seed: of the draw.
     """
@@ -133,10 +139,21 @@ class ToMe(_Merge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.destination not in ("random", "top-left"):
-            raise MethodError(f"destination={self.destination!r} must be 'random' or 'top-left'")
+        _choice("destination", self.destination, ("random", "top-left"))
         if not isinstance(self.seed, int):
             raise MethodError(f"seed={self.seed!r} must be an integer")
+
+
+@dataclass(frozen=True)
+class BlockPool(_Merge):
+    """Pools whole cells, those of lowest Laplacian score, and leaves the others (paper, adaptive block merging).
+
+    Attributes:
+        ratio: share of the tokens that go, rounded down to whole cells.
+        cell, levels, scope, align, metric, reduce: as in :class:`LaplacianMerge`.
+    """
+
+    name: ClassVar[str] = "block-pool"
 
 
 @dataclass(frozen=True)
@@ -150,6 +167,7 @@ class KVDownsample:
     """
 
     kind: ClassVar[str] = KV
+    name: ClassVar[str] = "bigain-td"
     idle: ClassVar[bool] = False
     factor: int = 2
     alpha: float | LinearAlpha = 0.9
@@ -163,9 +181,9 @@ class KVDownsample:
         _check_levels(self.levels)
 
     def __str__(self) -> str:
-        if isinstance(self.alpha, LinearAlpha):
-            return f"bigain-td:{self.factor}:{self.alpha.noisy:g}..{self.alpha.clean:g}"
-        return f"bigain-td:{self.factor}:{self.alpha:g}"
+        alpha = self.alpha
+        shown = f"{alpha.noisy:g}..{alpha.clean:g}" if isinstance(alpha, LinearAlpha) else f"{alpha:g}"
+        return _text(self, f"{self.factor}:{shown}")
 
 
 @dataclass(frozen=True)
@@ -177,6 +195,7 @@ class ToDo:
     """
 
     kind: ClassVar[str] = KV
+    name: ClassVar[str] = "todo"
     idle: ClassVar[bool] = False
     alpha: ClassVar[float] = 1.0
     factor: int = 2
@@ -186,10 +205,10 @@ class ToDo:
         KVDownsample(self.factor, self.alpha, self.levels)
 
     def __str__(self) -> str:
-        return f"todo:{self.factor}"
+        return _text(self, f"{self.factor}")
 
 
-MergeMethod = LaplacianMerge | ToMe
+MergeMethod = LaplacianMerge | ToMe | BlockPool
 KVMethod = KVDownsample | ToDo
 Method = MergeMethod | KVMethod
 Methods = tuple[Method, ...]
@@ -206,7 +225,7 @@ def normalize(method: Method | Iterable[Method] | None) -> Methods:
         given = tuple(method)
     for item in given:
         if not isinstance(item, Method):
-            raise MethodError(f"method={item!r} must be a LaplacianMerge, KVDownsample, ToMe or ToDo")
+            raise MethodError(f"method={item!r} must be a LaplacianMerge, KVDownsample, ToMe, ToDo or BlockPool")
     methods = tuple(sorted((item for item in given if isinstance(item, Method)), key=lambda item: item.kind))
     kinds = [item.kind for item in methods]
     for kind in (MERGE, KV):
@@ -215,46 +234,21 @@ def normalize(method: Method | Iterable[Method] | None) -> Methods:
     return methods
 
 
-def parse(text: str) -> Methods:
-    """Read one entry of the grammar above, such as ``"bigain-tm:0.7+bigain-td:2"``; ``"dense"`` is ``()``.
-
-    Raises:
-        MethodError: an unknown name, a number that cannot be read, or a value the method refuses.
-    """
-    if text.strip() == "dense":
-        return ()
-    return normalize([_parse_one(part.strip(), text) for part in text.split("+")])
-
-
-def parse_list(text: str) -> dict[str, Methods]:
-    """Read a comma-separated list, in order, keyed by each entry as it was written."""
-    return {entry.strip(): parse(entry) for entry in text.split(",")}
+def _text(method: _Merge | KVMethod, leading: str) -> str:
+    """As :mod:`bigain_fx.passes.grammar` reads it: the name, ``leading``, and what is not the default."""
+    parts = [method.name, leading]
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if field.name in LEADING or value == field.default:
+            continue
+        shown = "x".join(map(str, value)) if isinstance(value, tuple) else "all" if value is None else str(value)
+        parts.append(shown if field.name == "scope" else f"{field.name}={shown}")
+    return ":".join(parts)
 
 
-def _parse_one(part: str, text: str) -> Method:
-    name, *values = part.split(":")
-    try:
-        match name, values:
-            case "tome" | "bigain-tm", [ratio] | [ratio, "attention" | "block"]:
-                merge = ToMe if name == "tome" else LaplacianMerge
-                return merge(float(ratio), scope=values[1] if values[1:] else "attention")
-            case "todo", [factor]:
-                return ToDo(int(factor))
-            case "bigain-td", [factor]:
-                return KVDownsample(int(factor))
-            case "bigain-td", [factor, alpha] if ".." in alpha:
-                noisy, clean = alpha.split("..")
-                return KVDownsample(int(factor), LinearAlpha(float(noisy), float(clean)))
-            case "bigain-td", [factor, alpha]:
-                return KVDownsample(int(factor), float(alpha))
-    except MethodError:
-        raise
-    except ValueError as error:
-        raise MethodError(f"methods={text!r}: {part!r} holds no valid number ({error})") from None
-    raise MethodError(
-        f"methods={text!r}: {part!r} is not a method; write dense, tome:RATIO[:block], bigain-tm:RATIO[:block], "
-        "todo:FACTOR or bigain-td:FACTOR[:ALPHA or :NOISY..CLEAN], '+' to join two, ',' to list"
-    )
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise MethodError(f"{name}={value!r} must be {' or '.join(map(repr, choices))}")
 
 
 def _number(name: str, value: object) -> None:

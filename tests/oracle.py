@@ -102,6 +102,21 @@ def top_left(grid: Pair, cell: Pair) -> list[int]:
     return [0] * len(cell_tokens(grid, cell))
 
 
+def row_positions(score: Tensor, grid: Pair, cell: Pair) -> list[list[int]]:
+    """The released code's choice, per sample: the j-th run of a band of rows says where in its j-th cell to look."""
+    rows, columns = grid
+    size, across = cell[0] * cell[1], columns // cell[1]
+    result = []
+    for values in score.tolist():
+        chosen = []
+        for top in range(0, rows - rows % cell[0], cell[0]):
+            band = [values[(top + down) * columns + c] for down in range(cell[0]) for c in range(across * cell[1])]
+            runs = [band[index * size : (index + 1) * size] for index in range(across)]
+            chosen += [run.index(min(run)) for run in runs]
+        result.append(chosen)
+    return result
+
+
 def merged_count(grid: Pair, cell: Pair, ratio: float) -> int:
     """The number of sources that merge: ``min(int(N * ratio), number of sources)``."""
     tokens = grid[0] * grid[1]
@@ -146,6 +161,34 @@ def merge_plan(metric: Tensor, grid: Pair, cell: Pair, merged: int, positions: S
         rep.append(kept)
         assign.append([kept.index(target.get(token, token)) for token in range(metric.shape[1])])
     return Plan(torch.tensor(assign), torch.tensor(rep))
+
+
+def pool_plan(metric: Tensor, grid: Pair, cell: Pair, pooled: int) -> Plan:
+    """The plan that makes one group of each of the ``pooled`` cells whose highest score is lowest, first on a tie."""
+    cells = cell_tokens(grid, cell)
+    assign, rep = [], []
+    for values in laplacian_score(metric, grid).tolist():
+        order = sorted(range(len(cells)), key=lambda index: (max(values[token] for token in cells[index]), index))
+        target = {token: cells[index][0] for index in order[:pooled] for token in cells[index]}
+        kept = [token for token in range(metric.shape[1]) if target.get(token, token) == token]
+        rep.append(kept)
+        assign.append([kept.index(target.get(token, token)) for token in range(metric.shape[1])])
+    return Plan(torch.tensor(assign), torch.tensor(rep))
+
+
+def mlerp(x: Tensor, plan: Plan) -> Tensor:
+    """Every group's mean, stretched to the length of its longest member."""
+    merged = merge(x.float(), plan)
+    for b in range(len(x)):
+        for group in range(merged.shape[1]):
+            lengths = [float(x[b, token].float().norm()) for token, of in enumerate(plan.assign[b]) if of == group]
+            merged[b, group] *= max(lengths) / max(float(merged[b, group].norm()), 1e-12)
+    return merged.to(x.dtype)
+
+
+def prune(x: Tensor, plan: Plan) -> Tensor:
+    """The representative of every group, as it is."""
+    return torch.stack([x[b, plan.rep[b]] for b in range(len(x))])
 
 
 def merge(x: Tensor, plan: Plan) -> Tensor:

@@ -22,7 +22,8 @@ from bigain_fx.bench import BenchError, bound, result, timing
 from bigain_fx.bench.run import run
 from bigain_fx.capture import CallBinder, capture
 from bigain_fx.models import Workload
-from bigain_fx.passes.methods import LinearAlpha, Methods, parse, parse_list
+from bigain_fx.passes.grammar import parse, parse_list
+from bigain_fx.passes.methods import LinearAlpha, Methods
 from bigain_fx.passes.pipeline import Rewritten, rewrite
 
 bigain = torch.ops.bigain

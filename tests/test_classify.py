@@ -15,7 +15,7 @@ import bigain_fx as bgx
 from bigain_fx import embedded
 from bigain_fx.classify import Classification, DiffusionClassifier, encode, wilson
 from bigain_fx.embedded import ClassConditional
-from bigain_fx.embedded.data import digits
+from bigain_fx.embedded.data import data_set
 from tests.test_sample import Recorder, _one_thread, tiny  # noqa: F401
 
 KINDS: dict[str, tuple[Any, tuple[float, float]]] = {
@@ -160,8 +160,8 @@ def test_the_winner_is_among_the_classes_that_were_kept() -> None:
 
 
 def test_adaptive_and_exhaustive_agree_on_digits_where_the_margin_is_clear() -> None:
-    bundle, (_, held_out) = embedded.load("mnist-dit"), digits()
-    images, labels = held_out.images[:8], held_out.labels[:8]
+    bundle, held_out = embedded.load("mnist-dit"), data_set("mnist").held_out.first(8)
+    images, labels = held_out.images, held_out.labels
     exhaustive = of(bundle, n_samples=(6,), batch=20)(images)
     adaptive = of(bundle, n_samples=(2, 6), to_keep=(4, 1), batch=20)(images)
     assert adaptive.calls < exhaustive.calls

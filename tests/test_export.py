@@ -20,7 +20,7 @@ import bigain_fx as bgx
 from bigain_fx import embedded
 from bigain_fx.export import files, lint, onnx_graph
 from bigain_fx.models import KNOWN, example_inputs
-from bigain_fx.passes.methods import parse
+from bigain_fx.passes.grammar import parse
 from tests.test_optimize import dit, unet
 from tests.test_sample import _one_thread  # noqa: F401
 
@@ -191,6 +191,13 @@ def test_a_truncated_file(inputs: Any, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(bgx.ExportError, match="cut short"):
         bgx.OrtDenoiser(path)
+
+
+@pytest.mark.parametrize("method", [bgx.BlockPool(0.5), bgx.LaplacianMerge(0.5, cell_layout="row")])
+def test_what_is_for_comparison_alone_has_no_onnx_form(inputs: Any, tmp_path: Path, method: Any) -> None:
+    with pytest.raises(bgx.ExportError, match=r"bigain.*has no ONNX form"):
+        bgx.export_onnx(unet(), (), tmp_path / "u.onnx", kwargs=inputs, method=method)
+    assert not list(tmp_path.iterdir())
 
 
 def wrong_alpha(where: Any, x: Any, alpha: Any, grid: Any, factor: int) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import bigain_fx as bgx
 from bigain_fx import families
 from bigain_fx.families import FRACTION, REVERSED, REVERSED_STEPS, STEPS, UNITS, GridReader, Reading
-from bigain_fx.passes.methods import parse
+from bigain_fx.passes.grammar import parse
 from tests import toys
 from tests.test_optimize import dit
 

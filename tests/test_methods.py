@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import bigain_fx as bgx
-from bigain_fx.passes.methods import Method, normalize, parse, parse_list
+from bigain_fx.passes.grammar import parse, parse_list
+from bigain_fx.passes.methods import Method, normalize
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,9 @@ from bigain_fx.passes.methods import Method, normalize, parse, parse_list
         (lambda: bgx.LaplacianMerge(0.5, levels=0), "levels=0 must be a positive integer, or None"),
         (lambda: bgx.ToMe(0.5, destination="centre"), "destination='centre' must be 'random' or 'top-left'"),
         (lambda: bgx.ToMe(0.5, seed=1.5), "seed=1.5 must be an integer"),
+        (lambda: bgx.LaplacianMerge(reduce="sum"), "reduce='sum' must be 'mean' or 'mlerp' or 'prune'"),
+        (lambda: bgx.LaplacianMerge(cell_layout="column"), "cell_layout='column' must be 'block' or 'row'"),
+        (lambda: bgx.BlockPool(0.8), "ratio=0.8 must be between 0 and 0.75"),
         (lambda: bgx.ToMe(0.9), "ratio=0.9 must be between 0 and 0.75"),
         (lambda: bgx.KVDownsample(1), "factor=1 must be an integer of at least 2"),
         (lambda: bgx.KVDownsample(2.0), "factor=2.0 must be an integer"),
@@ -41,6 +45,12 @@ from bigain_fx.passes.methods import Method, normalize, parse, parse_list
         (lambda: parse("todo:2.5"), "'todo:2.5' holds no valid number"),
         (lambda: parse("tome:0.9"), "ratio=0.9 must be between"),
         (lambda: parse("tome:0.5+bigain-tm:0.5"), "has 2 of kind 'merge'"),
+        (lambda: parse("tome:0.5:0.5"), "'tome:0.5:0.5' is not a method"),
+        (lambda: parse("todo:2:block"), "'todo:2:block' is not a method"),
+        (lambda: parse("todo:2:alpha=1"), "'todo:2:alpha=1' is not a method"),
+        (lambda: parse("tome:0.5:seed=1:seed=2"), "is not a method; write dense"),
+        (lambda: parse("tome:0.5:cell=2xtwo"), "'tome:0.5:cell=2xtwo' holds no valid number"),
+        (lambda: parse("tome:0.5:cell=2"), r"cell=\(2,\) must be two positive integers"),
         (lambda: parse_list("dense,,"), "'' is not a method"),
     ],
 )
@@ -61,6 +71,15 @@ def test_bad_values_are_one_line_errors(make: Callable[[], Any], message: str) -
         ("bigain-td:2", (bgx.KVDownsample(2),)),
         ("bigain-td:2:-0.25", (bgx.KVDownsample(2, -0.25),)),
         ("bigain-td:2:0.8..1.2", (bgx.KVDownsample(2, bgx.LinearAlpha()),)),
+        ("block-pool:0.5:block", (bgx.BlockPool(0.5, scope="block"),)),
+        ("tome:0.5:destination=top-left:seed=3", (bgx.ToMe(0.5, destination="top-left", seed=3),)),
+        ("bigain-tm:0.5:cell=2x4:levels=all:align=batch", (bgx.LaplacianMerge(0.5, (2, 4), None, align="batch"),)),
+        (
+            "bigain-tm:0.5:metric=input:reduce=prune:cell_layout=row",
+            (bgx.LaplacianMerge(0.5, metric="input", reduce="prune", cell_layout="row"),),
+        ),
+        ("todo:2:levels=3", (bgx.ToDo(2, 3),)),
+        ("bigain-td:2:levels=all:0.5", (bgx.KVDownsample(2, 0.5, None),)),
         ("bigain-tm:0.7 + bigain-td:2", (bgx.KVDownsample(2), bgx.LaplacianMerge(0.7))),
     ],
 )

@@ -215,7 +215,44 @@ def test_plan_of_a_strided_metric() -> None:
     assert_same_plan(plan_of(metric, (6, 8), (2, 2), 30), oracle.merge_plan(metric, (6, 8), (2, 2), 30))
 
 
+@pytest.mark.parametrize(("grid", "cell"), LAYOUTS)
+@pytest.mark.parametrize("make", [torch.randn, zeros, one_hot])
+def test_row_positions_are_those_of_runs(make: Callable[[int, int, int], Tensor], grid: Pair, cell: Pair) -> None:
+    metric = make(2, grid[0] * grid[1], 8)
+    expected = oracle.row_positions(oracle.laplacian_score(metric, grid), grid, cell)
+    assert BIGAIN.row_positions(metric, grid, cell).tolist() == expected
+
+
+def test_row_positions_of_a_band_worked_by_hand() -> None:
+    """Tokens 0 to 3 and 4 to 7 of a 2 x 4 grid are the runs; the lowest scores are at offsets 3 and 1 of them.
+
+    So tokens 5 and 3 are the destinations of the cells (0, 1, 4, 5) and (2, 3, 6, 7).
+    """
+    metric = torch.tensor([[5.0, -9, 0, 0], [9, 0, 0, 5]]).view(1, 8, 1)
+    assert oracle.laplacian_score(metric, (2, 4)).tolist() == [[20, 41, 9, 5, 31, 0, 5, 20]]
+    assert BIGAIN.row_positions(metric, (2, 4), (2, 2)).tolist() == [[3, 1]]
+
+
+@pytest.mark.parametrize(("grid", "cell"), LAYOUTS)
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("make", [torch.randn, zeros, one_hot])
+def test_pool_plan(make: Callable[[int, int, int], Tensor], grid: Pair, cell: Pair, share: float) -> None:
+    metric = make(2, grid[0] * grid[1], 8)
+    pooled = int(share * len(oracle.cell_tokens(grid, cell)))
+    plan = oracle.Plan(*BIGAIN.pool_plan(metric, grid, cell, pooled))
+    assert_same_plan(plan, oracle.pool_plan(metric, grid, cell, pooled))
+
+
 # ------------------------------------------------------------------------------------- merge and unmerge
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mlerp(dtype: torch.dtype) -> None:
+    plan = plan_of(torch.randn(2, 63, 8), (7, 9), (2, 2), 40)
+    x = torch.randn(2, 63, 12).to(dtype)
+    y = BIGAIN.mlerp(x, plan.assign, 23)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, oracle.mlerp(x, plan), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
 @pytest.mark.parametrize(("grid", "cell"), LAYOUTS)

@@ -178,6 +178,33 @@ def test_the_metric_is_the_stream_or_the_input(toy_class: type[Toy], metric: str
         torch.testing.assert_close(output, toy(image), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("reduce", ["mean", "mlerp", "prune"])
+@pytest.mark.parametrize("kind", ["block", "row", "pool"])
+def test_the_choices_for_comparison(kind: str, reduce: str) -> None:
+    torch.manual_seed(0)
+    toy, image = Toy(), torch.randn(2, 3, H, W)
+    method: Any = bgx.LaplacianMerge(RATIO, cell_layout=kind, reduce=reduce) if kind != "pool" else None
+    rewritten, output = run(toy, method or bgx.BlockPool(0.55, reduce=reduce), image)
+    assert rewritten.records[0].action == "merge"
+    plans: list[oracle.Plan] = []
+
+    def squeeze(x: Tensor, residual: Tensor) -> Tensor:
+        if kind == "pool":
+            plans.append(oracle.pool_plan(residual, GRID, (2, 2), 4))  # int(24 * 0.55) = 13 tokens: four cells go
+        elif kind == "block":
+            plans.append(oracle.merge_plan(residual, GRID, (2, 2), MERGED))
+        else:
+            positions = oracle.row_positions(oracle.laplacian_score(residual, GRID), GRID, (2, 2))
+            single = [oracle.merge_plan(residual[b : b + 1], GRID, (2, 2), MERGED, positions[b]) for b in range(len(x))]
+            plans.append(oracle.Plan(*(torch.cat([getattr(p, name) for p in single]) for name in ("assign", "rep"))))
+        reduced = {"mean": oracle.merge, "mlerp": oracle.mlerp, "prune": oracle.prune}[reduce]
+        return reduced(x, plans[0])
+
+    toy.squeeze, toy.spread = squeeze, lambda y: oracle.unmerge(y, plans[0])
+    with torch.no_grad():
+        torch.testing.assert_close(output, toy(image), rtol=1e-4, atol=1e-5)
+
+
 class NoNorm(Toy):
     """An attention straight on the residual stream."""
 

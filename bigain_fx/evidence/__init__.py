@@ -1,0 +1,1 @@
+"""Evidence: does a compressed denoiser still classify, and does it still generate?"""

@@ -148,7 +148,7 @@ def measure(
         sample(
             variant, bundle, labels, steps=budget.steps, guidance=budget.guidance, noise=noise, batch=budget.batch,
             progress=partial(progress.advance, task),
-        )
+        ).clamp(-1, 1)
         for variant in variants
     ]  # fmt: skip
 

@@ -82,7 +82,7 @@ def sample(
         progress: called after each denoiser call.
 
     Returns:
-        ``(n, C, H, W)`` images in [-1, 1].
+        ``(n, C, H, W)`` latents, or images, of about [-1, 1].
 
     Raises:
         InputError: ``steps`` or ``batch`` out of range, ``noise`` of another shape, or a label that is no class.
@@ -99,7 +99,7 @@ def sample(
     scheduler.set_timesteps(steps)
     guided = guidance is not None and guidance != 1
     conditions = torch.cat([labels, torch.full_like(labels, bundle.num_classes)]) if guided else labels
-    x = noise * scheduler.init_noise_sigma
+    x: Tensor = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         rows = scheduler.scale_model_input(x, t)
         rows = torch.cat([rows, rows]) if guided else rows
@@ -109,4 +109,4 @@ def sample(
             conditional, unconditional = output.chunk(2)
             output = unconditional + guidance * (conditional - unconditional)
         x = scheduler.step(output, t, x).prev_sample
-    return torch.clamp(x, -1, 1)
+    return x

@@ -39,7 +39,9 @@ class ClassConditional:
         scheduler: the diffusers scheduler it was trained with (1,000 steps).
         sample_shape: shape of one latent, ``(C, H, W)``.
         num_classes: classes are ``0 .. num_classes - 1``; ``num_classes`` itself is the unconditional class.
-        class_tokens: ``(num_classes + 1, dim)`` learned context tokens of a U-Net, None for a DiT.
+        class_tokens: ``(num_classes + 1, dim)`` or ``(num_classes + 1, tokens, dim)``: the context of each class, for a
+            denoiser that attends to one; else None.
+        class_labels: ``(num_classes + 1,)`` int64: the labels of a denoiser that numbers its classes otherwise.
     """
 
     name: str
@@ -48,12 +50,14 @@ class ClassConditional:
     sample_shape: tuple[int, int, int]
     num_classes: int = 10
     class_tokens: Tensor | None = None
+    class_labels: Tensor | None = None
 
     def condition(self, labels: Tensor) -> dict[str, Tensor]:
         """Keyword arguments of the denoiser for ``labels (B,)`` int64."""
-        if self.class_tokens is None:
-            return {"class_labels": labels}
-        return {"encoder_hidden_states": self.class_tokens[labels][:, None]}
+        if self.class_tokens is not None:
+            tokens = self.class_tokens[labels]
+            return {"encoder_hidden_states": tokens if tokens.ndim == 3 else tokens[:, None]}
+        return {"class_labels": labels if self.class_labels is None else self.class_labels[labels]}
 
 
 def load(name: str) -> ClassConditional:

@@ -18,6 +18,7 @@ PHOTOGRAPHS = (
     "immunohistochemistry", "moon", "rocket", "stereo_motorcycle",
 )  # fmt: skip
 """Names in ``skimage.data``; each photograph is a class."""
+CLASS_NAMES = {"mnist": tuple(map(str, range(10))), "photo": PHOTOGRAPHS}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _digits() -> DataSet:
         shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2,), generator=generator).tolist()
         return images[index].roll(shift, dims=(2, 3)), targets[index]
 
-    return DataSet(tuple(map(str, range(10))), draw, Images(images[held_out], targets[held_out]))
+    return DataSet(CLASS_NAMES["mnist"], draw, Images(images[held_out], targets[held_out]))
 
 
 def _patches() -> DataSet:

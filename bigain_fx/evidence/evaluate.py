@@ -173,7 +173,7 @@ class Evaluation:
         noising = Noising(self.bundle.scheduler, (self.bundle.scheduler.config.num_train_timesteps - 1, 0))
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(self.settings.seed))
         noisy, _, timesteps = noising(clean, noise, torch.linspace(0, noising.steps - 1, count).long())
-        labels = torch.tensor([self.samples.labels(index)[0] for index in range(count)])
+        labels = torch.tensor([(self.samples.labels(index) or (0,))[0] for index in range(count)])
         return predict(denoiser, self.bundle.condition, noisy, timesteps, labels, batch=self.settings.batch).float()
 
     def _latents(self, start: int, stop: int) -> Tensor:

@@ -69,6 +69,8 @@ def evaluate(
     methods: Mapping[str, Methods],
     out: Path,
     *,
+    name: str = "report",
+    work: Path | None = None,
     data: str | None = None,
     kind: str | None = None,
     images: int = 500,
@@ -77,12 +79,14 @@ def evaluate(
     backend: str = "inductor",
     timed: bool = True,
 ) -> list[summary.Row]:
-    """Measure every method and leave ``report.md``, ``report.json`` and ``report.png`` in ``out``.
+    """Measure every method and leave ``NAME.md``, ``NAME.json`` and ``NAME.png`` in ``out``.
 
     Args:
         model, data, kind: see :func:`open_both`.
         methods: by text, in the order of the table.
-        out: also keeps what was worked out, so that a run that was stopped goes on from there.
+        out: for the report.
+        name: of the report.
+        work: keeps what was worked out, so that a run that was stopped goes on from there; None is ``out``.
         images: how many to classify.
         generate: how many to generate; 0 leaves FID out.
         settings: the same for every method.
@@ -98,7 +102,7 @@ def evaluate(
     make_folder(out)
     subject, samples = open_both(model, data, kind)
     extractor = load_extractor(samples.name) if model in embedded.NAMES and generate else None
-    evaluation = Evaluation(subject, samples, settings, out)
+    evaluation = Evaluation(subject, samples, settings, work or out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     measured: dict[str, Measured] = {}
     with Progress(*columns) as progress:
@@ -119,7 +123,7 @@ def evaluate(
         "generated": generate, **asdict(settings), "backend": backend, "features": features, "ms": times,
         "machine": machine(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    _write(out, facts, found)
+    _write(out, name, facts, found)
     Console().print(summary.to_table(found), soft_wrap=True, markup=False)
     return found
 
@@ -146,20 +150,20 @@ def _times(evaluation: Evaluation, methods: Mapping[str, Methods], backend: str)
     return {text: 1e3 * statistics.median(each) for text, each in zip(denoisers, seconds, strict=True)}
 
 
-def _write(out: Path, facts: Mapping[str, Any], found: list[summary.Row]) -> None:
+def _write(out: Path, name: str, facts: Mapping[str, Any], found: list[summary.Row]) -> None:
     """All files, or none; the report last."""
     title = f"{facts['model']}: {facts['images']} images of {facts['data']}"
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as staging:
         folder = Path(staging)
-        summary.figure(title, found).savefig(folder / "report.png", dpi=130)
+        summary.figure(title, found).savefig(folder / f"{name}.png", dpi=130)
         data = {**facts, "rows": [summary.to_dict(row) for row in found]}
-        (folder / "report.json").write_text(json.dumps(data, indent=1) + "\n")
-        (folder / "report.md").write_text(_markdown(title, facts, found))
-        for name in ("report.png", "report.json", "report.md"):
-            os.replace(folder / name, out / name)
+        (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        (folder / f"{name}.md").write_text(_markdown(title, name, facts, found))
+        for file in (f"{name}.png", f"{name}.json", f"{name}.md"):
+            os.replace(folder / file, out / file)
 
 
-def _markdown(title: str, facts: Mapping[str, Any], found: list[summary.Row]) -> str:
+def _markdown(title: str, name: str, facts: Mapping[str, Any], found: list[summary.Row]) -> str:
     rounds = ", ".join(
         f"{pairs} pairs, {keep} kept" for pairs, keep in zip(facts["n_samples"], facts["to_keep"], strict=True)
     )
@@ -181,4 +185,4 @@ def _markdown(title: str, facts: Mapping[str, Any], found: list[summary.Row]) ->
             f"`{EAGER}` took {facts['ms'][EAGER]:.1f} ms.",
         ]  # fmt: skip
     here = ", ".join(f"{key} {value}" for key, value in facts["machine"].items())
-    return "\n".join([*lines, "", "![accuracy and FID](report.png)", "", f"{here}; {facts['date']}", ""])
+    return "\n".join([*lines, "", f"![accuracy and FID]({name}.png)", "", f"{here}; {facts['date']}", ""])

@@ -149,7 +149,7 @@ def fid(real: Tensor, generated: Tensor, extractor: torch.nn.Module | int) -> fl
     """Frechet distance between the features of ``real`` and ``generated (n, C, H, W)`` uint8 (Heusel et al. 2017)."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=extractor).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=extractor)
     metric.update(real, real=True)
     metric.update(generated, real=False)
     return float(metric.compute())

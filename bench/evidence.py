@@ -1,0 +1,121 @@
+"""The evidence: ``python -m bigain_fx.bench.evidence`` evaluates the embedded denoisers and writes docs/evidence.md.
+
+It takes hours on two cores, goes on where it was stopped, and several may work side by side, each on its own models.
+``--quick`` runs a little of everything into another folder, in minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from bigain_fx import embedded
+from bigain_fx.bench import evidence_document
+from bigain_fx.evidence.evaluate import Settings
+from bigain_fx.evidence.run import evaluate
+from bigain_fx.passes.grammar import parse_list
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "evidence"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One table for each denoiser.
+
+    Attributes:
+        name: of its files.
+        methods: in the text grammar.
+        images, generated: how many.
+    """
+
+    name: str
+    methods: str
+    images: int
+    generated: int
+
+
+STUDIES = (
+    Study("main", "dense,tome:0.7,bigain-tm:0.7,todo:2,bigain-td:2:0.9,bigain-td:2:0", 500, 500),
+    Study(
+        "merging",
+        "dense,tome:0.3,bigain-tm:0.3,tome:0.5,bigain-tm:0.5,tome:0.7,tome:0.7:destination=top-left,bigain-tm:0.7,"
+        "bigain-tm:0.7:cell_layout=row,bigain-tm:0.7:metric=input,bigain-tm:0.7:metric=stream,bigain-tm:0.7:reduce=mlerp,"
+        "bigain-tm:0.7:reduce=prune,block-pool:0.7,tome:0.75,bigain-tm:0.75",
+        200,
+        200,
+    ),
+    Study(
+        "downsampling",
+        "dense,todo:2,bigain-td:2:-0.25,bigain-td:2:0,bigain-td:2:0.25,bigain-td:2:0.5,bigain-td:2:0.75,bigain-td:2:0.9,"
+        "bigain-td:2:1.2,bigain-td:2:1.4,bigain-td:2:0.8..1.2,bigain-td:2:1.2..0.8,bigain-td:2:0.4..-0.4,todo:4,"
+        "bigain-td:4:0,bigain-td:4:0.5,bigain-td:4:0.9",
+        200,
+        200,
+    ),
+)
+NAMES = tuple(study.name for study in STUDIES)
+QUICK = tuple(Study(study.name, study.methods, 20, 20) for study in STUDIES)
+
+
+def run(
+    models: Annotated[str, typer.Option(help="which embedded denoisers")] = ",".join(embedded.NAMES),
+    studies: Annotated[str, typer.Option(help="which tables")] = ",".join(NAMES),
+    quick: Annotated[bool, typer.Option("--quick", help="a little of everything, eager")] = False,
+    work: Annotated[Path, typer.Option(help="folder of what is worked out; kept, to go on from")] = Path(".evidence"),
+    out: Annotated[Path, typer.Option(help="folder for the JSON files and the figures")] = RESULTS,
+    document: Annotated[Path, typer.Option(help="the document")] = ROOT / "docs" / "evidence.md",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default")] = 0,
+) -> None:
+    """Evaluate MODELS, then write the document from all results that are there."""
+    if threads:
+        torch.set_num_threads(threads)
+    settings = Settings(n_samples=(1, 2), steps=3) if quick else Settings()
+    wanted = set(studies.split(","))
+    out.mkdir(parents=True, exist_ok=True)
+    for model in models.split(","):
+        for study in QUICK if quick else STUDIES:
+            if study.name not in wanted:
+                continue
+            Console().print(f"{model}: {study.name}")
+            evaluate(
+                model, parse_list(study.methods), out, name=f"{model}-{study.name}", work=work / model,
+                images=study.images, generate=study.generated, settings=settings, timed=study.name == "main",
+                backend="eager" if quick else "inductor",
+            )  # fmt: skip
+    write(results(out), out, document)
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    """All results in ``folder``, by model and study: ``photo-dit-main``."""
+    names = [f"{model}-{study}" for model in embedded.NAMES for study in NAMES]
+    files = {name: folder / f"{name}.json" for name in names}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+
+
+def write(found: dict[str, dict[str, Any]], figures: Path, document: Path) -> None:
+    """Write the document; links to figures are relative to it."""
+    evidence_document.overview(found).savefig(figures / "overview.png", dpi=130)
+    text = evidence_document.text(found, Path(os.path.relpath(figures, document.parent)))
+    temporary = document.with_name(document.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, document)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    app = typer.Typer(add_completion=False)
+    app.command()(run)
+    app(list(arguments) if arguments is not None else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""docs/evidence.md, written from the result files: every number in it is one of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bigain_fx.evidence.summary import Row, to_table
+
+Results = Mapping[str, Mapping[str, Any]]
+EAGER = "dense, eager"
+CLAIMS = (
+    ("bigain-tm:0.7", "Merging 70 % of the tokens: destinations by the Laplacian against ToMe's"),
+    ("bigain-tm:0.7:cell_layout=row", "The same with the released code's cells"),
+    ("bigain-td:2:0.9", "Keys and values 4 times fewer: the paper's alpha, 0.9, against ToDo (alpha 1)"),
+    ("bigain-td:2:0", "The same with alpha 0, average pooling"),
+)
+STUDIES = {"merging": "Merging", "downsampling": "Downsampling keys and values"}
+
+
+def text(found: Results, figures: Path) -> str:
+    """The document.
+
+    Args:
+        found: result files by model and study, such as ``photo-dit-main``.
+        figures: the folder of the figures, relative to the document.
+    """
+    models = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in found))
+    mains = {model: found[f"{model}-main"] for model in models if f"{model}-main" in found}
+    lines = [
+        "# Evidence", "",
+        "Does a compressed denoiser still classify, and does it still generate? Measured on the small denoisers that "
+        "ship with the package, on images held out from their training: digits of MNIST, and patches of photographs, "
+        "each of which is a class (the right halves; the left ones were trained on). Large models may behave "
+        "otherwise: `bigain-fx evaluate` measures yours.", "",
+        "Everything here was made by `python -m bigain_fx.bench.evidence`; it resumes where it was stopped.", "",
+    ]  # fmt: skip
+    if mains:
+        lines += [_overview(mains), f"![accuracy of every method on every denoiser]({figures / 'overview.png'})", ""]
+        lines += ["## What holds", "", *_claims(mains), "## Time", "", *_times(mains)]
+    for study, title in STUDIES.items():
+        for model in models:
+            if (result := found.get(f"{model}-{study}")) is not None:
+                file = figures / f"{model}-{study}.json"
+                lines += [f"## {title}: {model}", "", f"[{_count(result)}]({file})", "", to_table(_rows(result))]
+                lines += [f"![{title}]({file.with_suffix('.png')})", ""]
+    return "\n".join([*lines, *_how(mains)]) + "\n"
+
+
+def overview(found: Results) -> Figure:
+    """Accuracy of the main methods, a panel for each denoiser."""
+    mains = {name.removesuffix("-main"): result for name, result in found.items() if name.endswith("-main")}
+    figure = Figure(figsize=(3.4 * max(1, len(mains)) + 1.4, 3.2), layout="constrained")
+    panels = figure.subplots(1, max(1, len(mains)), sharey=True, squeeze=False)[0]
+    for axes, (model, result) in zip(panels, mains.items(), strict=False):
+        rows = _rows(result)
+        for place, row in enumerate(rows):
+            colour = "0.3" if row.against is None else "tab:blue" if "bigain" in row.method else "tab:orange"
+            axes.plot([100 * row.low, 100 * row.high], [place, place], color=colour)
+            axes.plot(100 * row.accuracy, place, "o", color=colour)
+        axes.axvline(100 / result["classes"], color="0.7", linestyle=":")
+        axes.set_yticks(range(len(rows)), [row.method for row in rows])
+        axes.set(title=model, xlabel="accuracy, %, 95 % interval", xlim=(0, 100))
+        axes.grid(axis="x", color="0.9")
+    panels[0].invert_yaxis()
+    return figure
+
+
+def _rows(result: Mapping[str, Any]) -> list[Row]:
+    return [Row(**row) for row in result["rows"]]
+
+
+def _count(result: Mapping[str, Any]) -> str:
+    return f"{result['images']} images classified, {result['generated']} generated"
+
+
+def _overview(mains: Results) -> str:
+    methods = list(dict.fromkeys(row["method"] for result in mains.values() for row in result["rows"]))
+    head = ["method", *(f"{model}: accuracy, % | FID" for model in mains)]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: | ---: |" * len(mains)]
+    for method in methods:
+        cells = [f"`{method}`"]
+        for result in mains.values():
+            row = next((row for row in _rows(result) if row.method == method), None)
+            fid = "-" if row is None or row.fid is None else f"{row.fid:.2f}"
+            accuracy = "-" if row is None else f"{100 * row.accuracy:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
+            cells += [accuracy, fid]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _claims(mains: Results) -> list[str]:
+    """A verdict on each claim and denoiser: only an interval that excludes zero decides."""
+    lines = []
+    for method, claim in CLAIMS:
+        verdicts = []
+        for model, result in mains.items():
+            row = next((row for row in _rows(result) if row.method == method), None)
+            if row is None or row.gain is None or row.gain_low is None or row.gain_high is None:
+                continue
+            word = "better" if row.gain_low > 0 else "worse" if row.gain_high < 0 else "not decided"
+            verdicts.append(
+                f"{model} {100 * row.gain:+.1f} points ({100 * row.gain_low:+.1f} to {100 * row.gain_high:+.1f}, "
+                f"p {row.p:.2g}), {word}"
+            )
+        if verdicts:
+            lines += [f"- {claim}: {'; '.join(verdicts)}."]
+    return [*lines, ""]
+
+
+def _times(mains: Results) -> list[str]:
+    """Compiled compression against the eager dense model: what the classifier's throughput becomes."""
+    head = "| denoiser | rows | dense, eager, ms | dense, compiled, ms | bigain-tm:0.7, ms | throughput over eager |"
+    lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for model, result in mains.items():
+        times = result["ms"]
+        if {EAGER, "dense", "bigain-tm:0.7"} <= set(times):
+            eager, dense, merged = (times[name] for name in (EAGER, "dense", "bigain-tm:0.7"))
+            lines.append(
+                f"| {model} | {result['batch']} | {eager:.1f} | {dense:.1f} | {merged:.1f} | {eager / merged:.2f}x |"
+            )
+    what = "Medians of rounds in turn, in one process. Classifying takes as many calls with every method."
+    return [*lines, "", what, ""]
+
+
+def _how(mains: Results) -> list[str]:
+    lines = [
+        "## How", "",
+        "The classifier is that of [operators.md](operators.md): every class sees the same pairs of timestep and "
+        "noise, with every method. Accuracy has a 95 % Wilson interval. *Points* are accuracy minus that of the method "
+        "in *against*, image by image, with the paired 95 % bootstrap interval; *p* is McNemar's exact test. Nothing "
+        "is corrected for the number of comparisons. FID compares generated images with the held-out ones by the "
+        "features of a small classifier of the same data that ships with the package, not of Inception: it ranks "
+        "methods on one data set, and is comparable to no published figure.", "",
+    ]  # fmt: skip
+    for model, result in mains.items():
+        rounds = ", ".join(map(str, result["n_samples"]))
+        lines.append(
+            f"- {model}: {_count(result)}, rounds of {rounds} pairs, {result['steps']} steps, guidance "
+            f"{result['guidance']:g}; {result['machine']['processor']}, torch {result['machine']['torch']}."
+        )
+    return lines

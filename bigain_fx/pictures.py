@@ -14,10 +14,18 @@ from bigain_fx.passes.errors import InputError
 
 
 def to_tensor(picture: Image.Image, shape: tuple[int, int, int]) -> Tensor:
-    """``picture`` as ``shape (C, H, W)`` float32 in [-1, 1], C 1 or 3: scaled to cover H x W, and cut at the centre."""
+    """``picture`` as ``shape (C, H, W)`` float32 in [-1, 1], grey or RGB.
+
+    It is turned as its EXIF data say, scaled bicubically to cover H x W, and cut at the centre.
+    """
     channels, height, width = shape
-    fitted = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(fitted, dtype=np.float32)).view(height, width, channels)
+    turned = ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
+    across, down = turned.size
+    wide = across * height >= down * width
+    size = (across * height // down, height) if wide else (width, down * width // across)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    cut = turned.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(np.array(cut, dtype=np.float32)).view(height, width, channels)
     return pixels.permute(2, 0, 1) / 127.5 - 1
 
 

@@ -14,11 +14,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bigain_fx.passes.errors import InputError, first_line
+from bigain_fx.pictures import to_tensor
 
 COCO_CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -121,7 +121,7 @@ class LabelledImages:
         stored = stored or {"bytes": b"", "path": None}
         try:
             with Image.open(stored["path"] if stored["bytes"] is None else BytesIO(stored["bytes"])) as file:
-                return _fitted(ImageOps.exif_transpose(file).convert("RGB"), self.size)
+                return to_tensor(file, (3, self.size, self.size))
         except Exception as error:  # each format's decoder raises its own
             reason = "it is no image" if isinstance(error, UnidentifiedImageError) else first_line(error)
             where = f" ({stored['path']})" if stored["path"] else ""
@@ -266,16 +266,6 @@ def _targets(name: str, classes: Sequence[str], labels: Sequence[Sequence[Any]])
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         raise InputError(f"{name}: {len(empty)} of {len(classes)} classes have no image: {shown}")
     return targets
-
-
-def _fitted(image: Image.Image, size: int) -> Tensor:
-    """``image`` as ``(3, size, size)`` float32 in [-1, 1], its short side resized to ``size``, its centre cut out."""
-    short = min(image.size)
-    width, height = (side * size // short for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(size, size, 3)
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 @contextmanager

@@ -1,0 +1,87 @@
+"""The document of the evidence says what the result files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigain_fx.bench import evidence, evidence_document
+from bigain_fx.passes.grammar import parse_list
+
+ROOT = Path(__file__).parent.parent
+
+
+def row(method: str, correct: int, gain: tuple[float, float, float] | None = None, **changed: Any) -> dict[str, Any]:
+    low, high = correct / 100 - 0.1, correct / 100 + 0.1
+    mean, gain_low, gain_high = gain or (None, None, None)
+    return {
+        "method": method, "correct": correct, "images": 100, "low": low, "high": high,
+        "against": None if gain is None else "tome:0.7", "gain": mean, "gain_low": gain_low, "gain_high": gain_high,
+        "p": None if gain is None else 0.01, "mean_average_precision": None, "agreement": 1.0, "fid": 12.345,
+        "db": 20.0, "gflops": 1.0, "ms": 5.0, "sites": 4,
+    } | changed  # fmt: skip
+
+
+def result(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": "photo-dit", "data": "photo", "classes": 14, "images": 100, "generated": 50, "n_samples": [4, 12],
+        "steps": 20, "guidance": 2.0, "batch": 20, "ms": {"dense, eager": 8.0, "dense": 6.0, "bigain-tm:0.7": 5.0},
+        "machine": {"processor": "some", "torch": "2"}, "rows": list(rows),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gain", "word"),
+    [((0.06, 0.01, 0.11), "better"), ((-0.06, -0.11, -0.01), "worse"), ((0.06, -0.01, 0.13), "not decided")],
+)
+def test_only_an_interval_without_zero_decides(gain: tuple[float, float, float], word: str) -> None:
+    main = result(row("dense", 60), row("tome:0.7", 40), row("bigain-tm:0.7", 46, gain))
+    text = evidence_document.text({"photo-dit-main": main}, Path("figures"))
+    assert (
+        f"photo-dit {100 * gain[0]:+.1f} points ({100 * gain[1]:+.1f} to {100 * gain[2]:+.1f}, p 0.01), {word}" in text
+    )
+    assert "| `bigain-tm:0.7` | 46.0 (36.0 to 56.0) | 12.35 |" in text or "| 12.34 |" in text
+    assert "| photo-dit | 20 | 8.0 | 6.0 | 5.0 | 1.60x |" in text
+    assert "figures/overview.png" in text
+
+
+def test_every_study_has_a_section() -> None:
+    found = {f"photo-dit-{study}": result(row("dense", 60)) for study in evidence.NAMES}
+    text = evidence_document.text(found, Path("figures"))
+    assert "## Merging: photo-dit" in text
+    assert "## Downsampling keys and values: photo-dit" in text
+    assert "[100 images classified, 50 generated](figures/photo-dit-merging.json)" in text
+    assert len(evidence_document.overview(found).axes) == 1
+
+
+@pytest.mark.parametrize("study", evidence.STUDIES, ids=lambda study: study.name)
+def test_methods_of_the_studies_are_valid_and_start_with_dense(study: evidence.Study) -> None:
+    methods = parse_list(study.methods)
+    assert list(methods)[0] == "dense"
+    assert len(methods) == len(study.methods.split(","))
+
+
+def test_the_committed_document_is_that_of_the_committed_results() -> None:
+    document = ROOT / "docs" / "evidence.md"
+    found = evidence.results(evidence.RESULTS)
+    if not document.exists():
+        assert not found
+        return
+    assert document.read_text() == evidence_document.text(found, Path("../bench/results/evidence"))
+
+
+@pytest.mark.slow
+def test_a_quick_run_of_the_evidence(tmp_path: Path) -> None:
+    arguments = ["--quick", "--models", "mnist-dit,photo-dit", "--studies", "main", "--work", str(tmp_path / "work")]
+    with pytest.raises(SystemExit) as done:
+        evidence.main([*arguments, "--out", str(tmp_path), "--document", str(tmp_path / "evidence.md")])
+    assert not done.value.code
+    for model in ("mnist-dit", "photo-dit"):
+        rows = json.loads((tmp_path / f"{model}-main.json").read_text())["rows"]
+        assert [found["method"] for found in rows] == list(parse_list(evidence.STUDIES[0].methods))
+        assert all(found["fid"] > 0 for found in rows)
+    assert (tmp_path / "overview.png").stat().st_size > 10_000
+    assert "photo-dit" in (tmp_path / "evidence.md").read_text()

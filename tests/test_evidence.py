@@ -60,7 +60,7 @@ def test_every_study_has_a_section() -> None:
 @pytest.mark.parametrize("study", evidence.STUDIES, ids=lambda study: study.name)
 def test_methods_of_the_studies_are_valid_and_start_with_dense(study: evidence.Study) -> None:
     methods = parse_list(study.methods)
-    assert list(methods)[0] == "dense"
+    assert next(iter(methods)) == "dense"
     assert len(methods) == len(study.methods.split(","))
 
 

@@ -73,6 +73,7 @@ def run(
     work: Annotated[Path, typer.Option(help="folder of what is worked out; kept, to go on from")] = Path(".evidence"),
     out: Annotated[Path, typer.Option(help="folder for the JSON files and the figures")] = RESULTS,
     document: Annotated[Path, typer.Option(help="the document")] = ROOT / "docs" / "evidence.md",
+    timed: Annotated[bool, typer.Option("--time/--no-time", help="time calls too; on an idle machine")] = True,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default")] = 0,
 ) -> None:
     """Evaluate MODELS, then write the document from all results that are there."""
@@ -88,7 +89,7 @@ def run(
             Console().print(f"{model}: {study.name}")
             evaluate(
                 model, parse_list(study.methods), out, name=f"{model}-{study.name}", work=work / model,
-                images=study.images, generate=study.generated, settings=settings, timed=study.name == "main",
+                images=study.images, generate=study.generated, settings=settings, timed=timed and study.name == "main",
                 backend="eager" if quick else "inductor",
             )  # fmt: skip
     write(results(out), out, document)

@@ -13,17 +13,14 @@ from typing import Annotated
 
 import typer
 
+from bigain_fx.cli_evidence import app as evidence
 from bigain_fx.passes.errors import BigainError
+from bigain_fx.passes.grammar import SYNTAX
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(evidence)
 
-SUBJECT_HELP = "mnist-dit, mnist-unet, photo-dit, photo-unet, or the folder of a Stable Diffusion or DiT pipeline"
-PROMPTS_HELP = "one for each class, separated by '|'; of a pipeline only"
 MODEL_HELP = "mnist-dit, mnist-unet, sd2, sdxl, dit-xl-2, pixart, sd3, flux, or a diffusers folder"
-METHODS_HELP = (
-    "dense, tome:RATIO[:block], bigain-tm:RATIO[:block], todo:FACTOR, bigain-td:FACTOR[:ALPHA or :NOISY..CLEAN]; "
-    "'+' joins two"
-)
 
 
 class Dtype(StrEnum):
@@ -54,7 +51,7 @@ def demo(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    method: Annotated[str, typer.Option("--methods", help=METHODS_HELP)] = "bigain-tm:0.7",
+    method: Annotated[str, typer.Option("--methods", help=SYNTAX)] = "bigain-tm:0.7",
     size: Annotated[int | None, typer.Option(help="side of the latent, in pixels")] = None,
     batch: Annotated[int, typer.Option(help="samples a call")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
@@ -96,7 +93,7 @@ class Format(StrEnum):
 def export(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     format: Annotated[Format, typer.Option(help="an ONNX graph, or a package that AOTInductor compiles")] = Format.onnx,
-    methods: Annotated[str, typer.Option(help=METHODS_HELP + "; ',' lists, a file for each")] = "bigain-tm:0.7",
+    methods: Annotated[str, typer.Option(help=SYNTAX + "; ',' lists, a file for each")] = "bigain-tm:0.7",
     size: Annotated[int | None, typer.Option(help="side of the latent, in pixels")] = None,
     batch: Annotated[int, typer.Option(help="samples a call")] = 2,
     dtype: Annotated[Dtype, typer.Option(help="of weights and inputs")] = Dtype.float32,
@@ -166,7 +163,7 @@ def _lint(path: Path) -> int:
 @app.command()
 def bench(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    methods: Annotated[str, typer.Option(help=METHODS_HELP + "; ',' lists")] = (
+    methods: Annotated[str, typer.Option(help=SYNTAX + "; ',' lists")] = (
         "dense,tome:0.7,bigain-tm:0.7,todo:2,bigain-td:2"
     ),
     size: Annotated[int | None, typer.Option(help="side of the latent, in pixels")] = None,
@@ -197,102 +194,6 @@ def bench(
     workload = load(model, size=size, batch=batch, device=device, dtype=getattr(torch, dtype))
     result = run(workload, parsed, onnx=exported, rounds=rounds, backend=backend, out=out)
     print(result.to_markdown())
-
-
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help=SUBJECT_HELP)],
-    method: Annotated[str, typer.Option("--methods", help=METHODS_HELP)] = "dense",
-    prompts: Annotated[str, typer.Option(help=PROMPTS_HELP)] = "",
-    count: Annotated[int, typer.Option(help="images for each method, the classes in turn")] = 10,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
-    guidance: Annotated[float, typer.Option(help="scale of classifier-free guidance; 1 is none")] = 2.0,
-    batch: Annotated[int, typer.Option(help="rows of a denoiser call")] = 20,
-    seed: Annotated[int, typer.Option(help="of the noise, the same for every method")] = 0,
-    backend: Annotated[str, typer.Option(help="torch.compile backend, or eager")] = "inductor",
-    out: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("bigain-generated"),
-) -> None:
-    """Generate images with MODEL, and leave them as METHOD-NUMBER-CLASS.png."""
-    from bigain_fx import commands
-    from bigain_fx.passes.grammar import parse_list
-
-    commands.generate(
-        model, parse_list(method), _split(prompts), count=count, steps=steps, guidance=guidance, batch=batch,
-        seed=seed, backend=backend, out=out,
-    )  # fmt: skip
-
-
-@app.command()
-def classify(
-    model: Annotated[str, typer.Argument(help=SUBJECT_HELP)],
-    images: Annotated[list[Path], typer.Argument(help="image files")],
-    method: Annotated[str, typer.Option("--method", help=METHODS_HELP)] = "dense",
-    prompts: Annotated[str, typer.Option(help=PROMPTS_HELP)] = "",
-    samples: Annotated[str, typer.Option(help="pairs of timestep and noise for each class, round by round")] = "5,20",
-    keep: Annotated[str, typer.Option(help="classes that are left after each round")] = "5,1",
-    batch: Annotated[int, typer.Option(help="rows of a denoiser call")] = 20,
-    seed: Annotated[int, typer.Option(help="of the pairs")] = 0,
-    backend: Annotated[str, typer.Option(help="torch.compile backend, or eager")] = "inductor",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
-) -> None:
-    """Say which class of MODEL each image is, by the denoising error under each."""
-    from bigain_fx import commands
-    from bigain_fx.passes.grammar import parse
-
-    commands.classify(
-        model, images, parse(method), _split(prompts), n_samples=_numbers("samples", samples),
-        to_keep=_numbers("keep", keep), batch=batch, seed=seed, backend=backend, as_json=as_json,
-    )  # fmt: skip
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help=SUBJECT_HELP)],
-    methods: Annotated[str, typer.Option(help=METHODS_HELP + "; ',' lists")] = (
-        "dense,tome:0.7,bigain-tm:0.7,todo:2,bigain-td:2"
-    ),
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="imagenet-1k, imagenet-100, pets, coco, a folder of images, or parquet; an embedded model has its own"
-        ),
-    ] = None,
-    kind: Annotated[str | None, typer.Option(help="whose format and prompts a folder or parquet follows")] = None,
-    images: Annotated[int, typer.Option(help="images to classify")] = 500,
-    generated: Annotated[int, typer.Option("--generate", help="images to generate, for FID; 0 for none")] = 500,
-    samples: Annotated[str, typer.Option(help="pairs of timestep and noise for each class, round by round")] = "4,12",
-    keep: Annotated[str, typer.Option(help="classes that are left after each round")] = "5,1",
-    steps: Annotated[int, typer.Option(help="denoising steps of a generated image")] = 20,
-    guidance: Annotated[float, typer.Option(help="scale of classifier-free guidance; 1 is none")] = 2.0,
-    batch: Annotated[int, typer.Option(help="rows of a denoiser call")] = 20,
-    seed: Annotated[int, typer.Option(help="of everything that is drawn")] = 0,
-    timed: Annotated[bool, typer.Option("--time/--no-time", help="time every method side by side")] = True,
-    backend: Annotated[str, typer.Option(help="torch.compile backend, or eager")] = "inductor",
-    out: Annotated[Path, typer.Option(help="folder for the report and what it is made of")] = Path("bigain-evaluation"),
-) -> None:
-    """Measure what each method costs in accuracy and FID. Stopped half way, the same command goes on from there."""
-    from bigain_fx.evidence import run
-    from bigain_fx.evidence.evaluate import Settings
-    from bigain_fx.passes.grammar import parse_list
-
-    settings = Settings(_numbers("samples", samples), _numbers("keep", keep), batch, steps, guidance, seed)
-    run.evaluate(
-        model, parse_list(methods), out, data=data, kind=kind, images=images, generate=generated, settings=settings,
-        backend=backend, timed=timed,
-    )  # fmt: skip
-
-
-def _split(prompts: str) -> tuple[str, ...]:
-    return tuple(prompt.strip() for prompt in prompts.split("|")) if prompts else ()
-
-
-def _numbers(name: str, text: str) -> tuple[int, ...]:
-    from bigain_fx.passes.errors import InputError
-
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        raise InputError(f"{name}={text!r} must be whole numbers, separated by commas, such as 5,20") from None
 
 
 def main() -> None:

@@ -25,6 +25,10 @@ from bigain_fx.passes.methods import (
     normalize,
 )
 
+SYNTAX = (
+    "dense, tome:RATIO[:block], bigain-tm:RATIO[:block], block-pool:RATIO, todo:FACTOR or bigain-td:FACTOR[:ALPHA or "
+    ":NOISY..CLEAN], with :FIELD=VALUE for other fields; '+' joins two"
+)
 _BY_NAME: dict[str, type[Method]] = {
     method.name: method for method in (ToMe, LaplacianMerge, BlockPool, ToDo, KVDownsample)
 }
@@ -65,11 +69,7 @@ def _parse_one(part: str, text: str) -> Method:
         except ValueError as error:
             raise MethodError(f"methods={text!r}: {part!r} holds no valid number ({error})") from None
     if make is None or not {"ratio", "factor"} & set(given):
-        raise MethodError(
-            f"methods={text!r}: {part!r} is not a method; write dense, tome:RATIO[:block], bigain-tm:RATIO[:block], "
-            "block-pool:RATIO, todo:FACTOR or bigain-td:FACTOR[:ALPHA or :NOISY..CLEAN], with :FIELD=VALUE for other "
-            "fields, '+' to join two, ',' to list"
-        )
+        raise MethodError(f"methods={text!r}: {part!r} is not a method; write {SYNTAX}; ',' lists")
     return make(**given)
 
 

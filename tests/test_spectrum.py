@@ -281,27 +281,44 @@ def test_text_beside_the_image_is_refused_for_merges_and_left_out_of_keys() -> N
         measure(model, lambda step: {"image": image}, method=bgx.ToMe(0.5), timesteps=[0])
 
 
+def test_the_error_is_the_power_of_the_difference() -> None:
+    """Means keep the sum of all tokens, so nothing is lost at frequency 0; what is pooled away is all error."""
+    model, image = WithClassToken().eval(), torch.randn(1, 3, 4, 6)
+    found = measure(model, lambda step: {"image": image}, method=bgx.KVDownsample(2, 0.0), timesteps=[0])
+    with torch.no_grad():
+        x = model.norm(model.tokens(image))[:, 1:]
+    blocks = x.view(1, 2, 2, 3, 2, -1)
+    pooled = blocks.mean((2, 4), keepdim=True).expand_as(blocks).reshape(x.shape)
+    torch.testing.assert_close(found.error[0, 0], radial_power(pooled - x, (4, 6)))
+    torch.testing.assert_close(found.deviation, found.error / found.before)
+    assert float(found.error[0, 0, 0]) < 1e-10 < float(found.error[0, 0, -1])
+
+
 def spectra(*timesteps: int) -> Spectra:
     before = torch.ones(len(timesteps), 2, 3)
     after = torch.rand(len(timesteps), 2, 3) + 0.1
-    return Spectra(("a", "b"), timesteps, torch.tensor([0, 0.25, 0.5]), before, after)
+    error = torch.rand(len(timesteps), 2, 3) + 0.1
+    return Spectra(("a", "b"), timesteps, torch.tensor([0, 0.25, 0.5]), before, after, error)
 
 
-def test_the_figure_has_a_panel_a_timestep_and_a_line_a_method() -> None:
+def test_the_figure_has_a_column_a_timestep_and_a_line_a_method() -> None:
     found = {"tome:0.7": spectra(100, 900), "todo:2": spectra(100, 900)}
     drawn = figure(found)
-    assert [axis.get_title() for axis in drawn.axes] == ["timestep 100", "timestep 900"]
-    for index, axis in enumerate(drawn.axes):
+    titles = [f"{what}, timestep {step}" for what in ("left", "error") for step in (100, 900)]
+    assert [axis.get_title() for axis in drawn.axes] == titles
+    for place, axis in enumerate(drawn.axes):
         level, *lines = axis.get_lines()
         assert set(level.get_ydata()) == {1}
         assert [line.get_label() for line in lines] == list(found)
         for line, of in zip(lines, found.values(), strict=True):
             assert list(line.get_xdata()) == [0, 0.25, 0.5]
-            mean = [float(a + b) / 2 for a, b in zip(*(of.after[index] / of.before[index]), strict=True)]
+            power = (of.after, of.error)[place // 2][place % 2]
+            mean = [float(a + b) / 2 for a, b in zip(*(power / of.before[place % 2]), strict=True)]
             assert line.get_ydata() == pytest.approx(mean)
         assert axis.get_yscale() == "log"
         assert axis.get_xlabel() == "frequency, cycles per token"
-    assert drawn.axes[0].get_ylabel() == "power after / before, mean of attentions"
+    assert drawn.axes[0].get_ylabel() == "left / before, mean of attentions"
+    assert drawn.axes[2].get_ylabel() == "error / before, mean of attentions"
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == list(found)
 
 

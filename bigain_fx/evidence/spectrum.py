@@ -2,7 +2,7 @@
 
 Features are taken as the rewrite finds them and as it leaves them, there on the whole grid again: each token with its
 group's mean, or with the row that stands for its block of keys and values. Power is no likeness: what aliasing puts
-into a frequency counts as well, and can lift its retention above 1.
+into a frequency counts as well, and can lift its retention above 1. So the power of the difference is measured too.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Spectra:
         frequencies: ``(bins,)``, in cycles per token, from 0 to 0.5 (Nyquist).
         before: ``(timesteps, sites, bins)``; upstream of a site the denoiser is compressed already.
         after: the same, once tokens were merged or downsampled.
+        error: the same, of the difference between the two.
     """
 
     sites: tuple[str, ...]
@@ -46,11 +47,17 @@ class Spectra:
     frequencies: Tensor
     before: Tensor
     after: Tensor
+    error: Tensor
 
     @property
     def retention(self) -> Tensor:
         """``after / before``, ``(timesteps, sites, bins)``; NaN where there was and is nothing."""
         return self.after / self.before
+
+    @property
+    def deviation(self) -> Tensor:
+        """``error / before``, ``(timesteps, sites, bins)``: 0 is lossless, 1 as bad as nothing at all."""
+        return self.error / self.before
 
 
 def radial_power(features: Tensor, grid: Sequence[int], *, corners: bool = False) -> Tensor:
@@ -111,7 +118,7 @@ def measure(
     if not timesteps:
         raise InputError(f"timesteps={timesteps!r} is empty; give one or more")
     denoiser = optimize(model, method=methods, backend="eager", grid=grid)
-    before, after = [], []
+    before, after, error = [], [], []
     for timestep in timesteps:
         calls = observe(denoiser, inputs_at(timestep), MERGES | DOWNSAMPLINGS)
         grids = {site.grid for site in denoiser.report.rewritten if site.grid}
@@ -124,8 +131,10 @@ def measure(
         pairs = [_features(site, call, sides) for site, call in calls.items()]
         before.append(torch.stack([radial_power(found, sides) for found, _ in pairs]))
         after.append(torch.stack([radial_power(left, sides) for _, left in pairs]))
+        error.append(torch.stack([radial_power(left - found, sides) for found, left in pairs]))
     frequencies = torch.arange(before[0].shape[-1]) / min(sides)
-    return Spectra(tuple(calls), tuple(timesteps), frequencies, torch.stack(before), torch.stack(after))
+    stacked = (torch.stack(each) for each in (before, after, error))
+    return Spectra(tuple(calls), tuple(timesteps), frequencies, *stacked)
 
 
 def _features(site: str, call: Call, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -141,7 +150,9 @@ def _features(site: str, call: Call, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def figure(spectra: Mapping[str, Spectra]) -> Figure:
-    """One panel a timestep: retention, averaged over the attentions, against frequency, a line for each method.
+    """A column a timestep: above what power is left, below that of the error, both against frequency.
+
+    Both are averaged over the attentions; a line for each method.
 
     Args:
         spectra: by the name of the method, all at the same timesteps.
@@ -154,17 +165,22 @@ def figure(spectra: Mapping[str, Spectra]) -> Figure:
         raise InputError(f"spectra have the timesteps {sorted(timesteps)}; give one or more, all at the same timesteps")
     steps = timesteps.pop()
     columns = len(steps)
-    drawn = Figure(figsize=(1.5 + 3.1 * columns, 3.6 + 0.25 * -(-len(spectra) // columns)), layout="constrained")
-    drawn.suptitle("Power that is left in what self-attention reads")
-    panels = drawn.subplots(1, columns, sharey=True, squeeze=False)[0]
-    for index, (axis, step) in enumerate(zip(panels, steps, strict=True)):
-        axis.grid(axis="y", color="0.92")
-        axis.axhline(1, color="0.5", linewidth=1, linestyle="--")
-        for name, found in spectra.items():
-            axis.plot(found.frequencies.numpy(), found.retention[index].mean(0).numpy(), marker=".", label=name)
-        axis.set(title=f"timestep {step}", xlabel="frequency, cycles per token", yscale="log")
-        axis.spines[["top", "right"]].set_visible(False)
-    panels[0].yaxis.set(major_locator=LogLocator(subs=TICKS), major_formatter=StrMethodFormatter("{x:g}"),
-                        minor_locator=NullLocator(), label_text="power after / before, mean of attentions")  # fmt: skip
+    drawn = Figure(figsize=(1.5 + 3.1 * columns, 5.6 + 0.25 * -(-len(spectra) // columns)), layout="constrained")
+    drawn.suptitle("Power of what self-attention reads")
+    rows = drawn.subplots(2, columns, sharey="row", squeeze=False)
+    for axes, label, ratios in zip(rows, ("left", "error"), ("retention", "deviation"), strict=True):
+        for index, axis in enumerate(axes):
+            axis.grid(axis="y", color="0.92")
+            axis.axhline(1, color="0.5", linewidth=1, linestyle="--")
+            for name, found in spectra.items():
+                ratio = getattr(found, ratios)[index].mean(0)
+                axis.plot(found.frequencies.numpy(), ratio.numpy(), marker=".", label=name)
+            axis.set(yscale="log", xlabel="frequency, cycles per token", title=f"{label}, timestep {steps[index]}")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.yaxis.set(major_locator=LogLocator(subs=TICKS), major_formatter=StrMethodFormatter("{x:g}"),
+                           minor_locator=NullLocator())  # fmt: skip
+        axes[0].set_ylabel(f"{label} / before, mean of attentions")
+    rows[1, 0].set_ylim(bottom=0.01)  # means keep the sum: no error at frequency 0 but for rounding
+    panels = rows[0]
     drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     return drawn

@@ -168,7 +168,8 @@ def figure(spectra: Mapping[str, Spectra]) -> Figure:
     drawn = Figure(figsize=(1.5 + 3.1 * columns, 5.6 + 0.25 * -(-len(spectra) // columns)), layout="constrained")
     drawn.suptitle("Power of what self-attention reads")
     rows = drawn.subplots(2, columns, sharey="row", squeeze=False)
-    for axes, label, ratios in zip(rows, ("left", "error"), ("retention", "deviation"), strict=True):
+    kinds = (("left", "retention", TICKS), ("error", "deviation", (1, 3)))
+    for axes, (label, ratios, ticks) in zip(rows, kinds, strict=True):
         for index, axis in enumerate(axes):
             axis.grid(axis="y", color="0.92")
             axis.axhline(1, color="0.5", linewidth=1, linestyle="--")
@@ -177,7 +178,7 @@ def figure(spectra: Mapping[str, Spectra]) -> Figure:
                 axis.plot(found.frequencies.numpy(), ratio.numpy(), marker=".", label=name)
             axis.set(yscale="log", xlabel="frequency, cycles per token", title=f"{label}, timestep {steps[index]}")
             axis.spines[["top", "right"]].set_visible(False)
-            axis.yaxis.set(major_locator=LogLocator(subs=TICKS), major_formatter=StrMethodFormatter("{x:g}"),
+            axis.yaxis.set(major_locator=LogLocator(subs=ticks), major_formatter=StrMethodFormatter("{x:g}"),
                            minor_locator=NullLocator())  # fmt: skip
         axes[0].set_ylabel(f"{label} / before, mean of attentions")
     rows[1, 0].set_ylim(bottom=0.01)  # means keep the sum: no error at frequency 0 but for rounding

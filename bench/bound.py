@@ -147,9 +147,16 @@ def _stride(surgeon: Surgeon, node: Node, x: Node, alpha: float | Node, grid: tu
     return surgeon.emit(aten.reshape.default, (nearest, [batch, tokens // s**2, channels]), like=node)
 
 
+def _ones(surgeon: Surgeon, node: Node, assign: Node, groups: int) -> Node:
+    """Every group as one token."""
+    size = [shape_of(assign)[0], groups]
+    return surgeon.constant(f"bigain_ones_{size[0]}x{size[1]}", torch.ones(size), like=node)
+
+
 _FREE: dict[Any, Callable[..., Node]] = {
     bigain.merge.default: _slice,
     bigain.mlerp.default: _slice,
+    bigain.group_sizes.default: _ones,
     bigain.unmerge.default: _tile,
     bigain.kv_downsample.default: _stride,
     bigain.kv_downsample.Tensor: _stride,

@@ -44,12 +44,18 @@ class Study:
 
 
 STUDIES = (
-    Study("main", "dense,tome:0.7,bigain-tm:0.7,todo:2,bigain-td:2:0.9,bigain-td:2:0", 500, 500),
+    Study(
+        "main",
+        "dense,tome:0.7,bigain-tm:0.7,bigain-tm:0.7:proportional=true,todo:2,bigain-td:2:0.9,bigain-td:2:0",
+        500,
+        500,
+    ),
     Study(
         "merging",
         "dense,tome:0.3,bigain-tm:0.3,tome:0.5,bigain-tm:0.5,tome:0.7,tome:0.7:destination=top-left,bigain-tm:0.7,"
         "bigain-tm:0.7:cell_layout=row,bigain-tm:0.7:metric=input,bigain-tm:0.7:metric=stream,bigain-tm:0.7:reduce=mlerp,"
-        "bigain-tm:0.7:reduce=prune,block-pool:0.7,tome:0.75,bigain-tm:0.75",
+        "bigain-tm:0.7:reduce=prune,tome:0.7:proportional=true,block-pool:0.7,block-pool:0.7:proportional=true,"
+        "tome:0.75,bigain-tm:0.75",
         200,
         200,
     ),

@@ -53,9 +53,9 @@ def open_subject(model: str, prompts: Sequence[str] = (), pipe: Any = None) -> S
             raise InputError(f"prompts={list(prompts)}: {model} knows its classes; leave them out")
         bundle = embedded.load(model)
         return Subject(bundle, CLASS_NAMES[model.split("-")[0]], bundle.sample_shape)
+    pipe = pipe or load_pipeline(model)
     from diffusers import DiTPipeline, StableDiffusionPipeline
 
-    pipe = pipe or load_pipeline(model)
     if isinstance(pipe, StableDiffusionPipeline):
         return _stable_diffusion(model, pipe, prompts)
     if isinstance(pipe, DiTPipeline):
@@ -89,12 +89,12 @@ def load_pipeline(model: str) -> Any:
     Raises:
         InputError: it holds none, or one that cannot be loaded.
     """
-    from diffusers import DiffusionPipeline
-
     if not (Path(model) / "model_index.json").is_file():
         raise InputError(
             f"model={model!r} is neither one of {', '.join(embedded.NAMES)} nor the folder of a diffusers pipeline"
         )
+    from diffusers import DiffusionPipeline
+
     try:
         return DiffusionPipeline.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, AttributeError) as error:

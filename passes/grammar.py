@@ -82,6 +82,8 @@ def _value(field: str, text: str) -> Any:
             return float(text)
         case "factor" | "seed":
             return int(text)
+        case "proportional":
+            return {"true": True, "false": False}.get(text, text)
         case "levels":
             return None if text == "all" else int(text)
         case "cell":

@@ -7,6 +7,8 @@
     x + y                                      y = unmerge(way_out(sdpa(q, k, v)), assign)
                                                x + y
 
+With proportional attention the logarithm of each group's size is added to its keys' scores.
+
 Text beside the image keeps its place and number, as groups of one; rotary angles and masks are those of ``rep``.
 """
 
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
+from bigain_fx.passes.arguments import mask_of
 from bigain_fx.passes.axes import aten, parts, shape_of
 from bigain_fx.passes.fewer import Fewer, among_all, image_rows
 from bigain_fx.passes.fused import separated
@@ -48,6 +51,10 @@ def refuse(site: AttentionSite, method: MergeMethod) -> str | None:
         return f"ratio {method.ratio:g} of {site.tokens} tokens merges none"
     if method.metric == "stream" and site.above is None:
         return "metric 'stream': no norm is found above its input"
+    if method.proportional and mask_of(site.sdpa) is not None:
+        return "proportional: its attention has a mask already"
+    if method.proportional and shape_of(site.sdpa)[0] != site.batch:
+        return "proportional: batch and heads share a dimension"
     return None
 
 
@@ -63,15 +70,17 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
     for source, region in regions:
         before, _, after = parts(region.layouts[source][1])
         fewer = Fewer(surgeon, region.layouts, left, rep)
+        groups = among_all(surgeon, assign, before, after, left)
         if method.reduce == "prune":
             merged = fewer.pick(source, (-2,), region.layouts[source])
         else:
-            groups = among_all(surgeon, assign, before, after, left)
             reduce = bigain.mlerp.default if method.reduce == "mlerp" else bigain.merge.default
             with surgeon.after(max(source, groups)):
                 merged = surgeon.emit(reduce, (source, groups, before + left + after), like=site.sdpa)
         known = {source: merged}
         fewer.replay(region.nodes, known)
+        if method.proportional and site.sdpa in known and site.paths["k"]:
+            _weigh(surgeon, known[site.sdpa], groups, before + left + after)
         for node in known.values():
             node.meta[BRANCH] = merged.name
         for node in region.loose:
@@ -83,6 +92,21 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
                 whole = _unmerge(surgeon, known[node], groups, like=site.sdpa)
             node.replace_all_uses_with(whole)
     return site
+
+
+def _weigh(surgeon: Surgeon, sdpa: Node, groups: Node, count: int) -> None:
+    """Let each of the ``count`` keys of ``sdpa`` count for its whole group."""
+
+    def logarithms() -> Node:
+        sizes = surgeon.emit(bigain.group_sizes.default, (groups, count), like=sdpa)
+        return surgeon.emit(aten.log.default, (sizes,), like=sdpa)
+
+    sizes = surgeon.once(("sizes", groups), groups, logarithms)
+    with surgeon.graph.inserting_before(sdpa):
+        mask = surgeon.emit(aten.reshape.default, (sizes, [shape_of(groups)[0], 1, 1, count]), like=sdpa)
+        mask = surgeon.emit(aten.to.dtype, (mask, sdpa.meta["val"].dtype), like=sdpa)
+    sdpa.args = (*sdpa.args[:3], mask, *sdpa.args[4:])
+    sdpa.kwargs = {name: value for name, value in sdpa.kwargs.items() if name != "attn_mask"}
 
 
 def _plan(surgeon: Surgeon, site: AttentionSite, method: MergeMethod, left: int) -> tuple[Node, Node]:

@@ -70,10 +70,13 @@ class _Merge:
     align: str = "sample"
     metric: str = "auto"
     reduce: str = "mean"
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             _choice(name, getattr(self, name), choices)
+        if not isinstance(self.proportional, bool):
+            raise MethodError(f"proportional={self.proportional!r} must be True or False")
         if (
             not isinstance(self.cell, tuple)
             or len(self.cell) != 2
@@ -112,6 +115,8 @@ class LaplacianMerge(_Merge):
             the attention reads, ``"auto"`` the stream where nothing but the norm lies between (``docs/operators.md``).
         reduce: what a group becomes: its ``"mean"`` (the paper), ``"mlerp"``, the mean as long as the longest member,
             or ``"prune"``, its destination as it is.
+        proportional: whether a key counts for all tokens of its group (proportional attention, Bolya et al. 2023); not
+            in the paper, which lets each count as one.
         cell_layout: ``"block"``, cells as in the paper's text, or ``"row"``, as the released code forms them.
     """
 
@@ -128,7 +133,7 @@ class ToMe(_Merge):
     """ToMe for diffusion, the baseline: as :class:`LaplacianMerge`, with destinations that ignore the image.
 
     Attributes:
-        ratio, cell, levels, scope, align, metric, reduce: as in :class:`LaplacianMerge`.
+        ratio, cell, levels, scope, align, metric, reduce, proportional: as in :class:`LaplacianMerge`.
         destination: ``"random"``, one draw per graph and grid from ``seed``, or ``"top-left"`` of each cell.
         seed: of the draw.
     """
@@ -150,7 +155,7 @@ class BlockPool(_Merge):
 
     Attributes:
         ratio: share of the tokens that go, rounded down to whole cells.
-        cell, levels, scope, align, metric, reduce: as in :class:`LaplacianMerge`.
+        cell, levels, scope, align, metric, reduce, proportional: as in :class:`LaplacianMerge`.
     """
 
     name: ClassVar[str] = "block-pool"
@@ -241,7 +246,9 @@ def _text(method: _Merge | KVMethod, leading: str) -> str:
         value = getattr(method, field.name)
         if field.name in LEADING or value == field.default:
             continue
-        shown = "x".join(map(str, value)) if isinstance(value, tuple) else "all" if value is None else str(value)
+        shown = (
+            "x".join(map(str, value)) if isinstance(value, tuple) else "all" if value is None else str(value).lower()
+        )
         parts.append(shown if field.name == "scope" else f"{field.name}={shown}")
     return ":".join(parts)
 

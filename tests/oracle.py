@@ -186,6 +186,12 @@ def mlerp(x: Tensor, plan: Plan) -> Tensor:
     return merged.to(x.dtype)
 
 
+def group_sizes(plan: Plan) -> Tensor:
+    """How many tokens each group has, (B, M) float32."""
+    rows = [[sum(of == group for of in row) for group in range(plan.rep.shape[1])] for row in plan.assign.tolist()]
+    return torch.tensor(rows, dtype=torch.float32)
+
+
 def prune(x: Tensor, plan: Plan) -> Tensor:
     """The representative of every group, as it is."""
     return torch.stack([x[b, plan.rep[b]] for b in range(len(x))])

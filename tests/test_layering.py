@@ -110,10 +110,10 @@ print([i for i, (a, b) in enumerate(zip(before, after)) if a != b])
 
 def test_the_public_api() -> None:
     assert sorted(bigain_fx.__all__) == [
-        "BigainError", "BlockPool", "CaptureError", "Classification", "DiffusionClassifier", "ExportError",
-        "ExportRecord", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha", "MethodError",
-        "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "Report", "RewriteError", "ToDo", "ToMe", "export_onnx",
-        "export_package", "inspect", "load_package", "optimize",
+        "BigainError", "BlockPool", "Calibration", "CaptureError", "Classification", "DiffusionClassifier",
+        "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha",
+        "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "Report", "RewriteError", "ToDo",
+        "ToMe", "calibrate", "export_onnx", "export_package", "inspect", "load_package", "optimize",
     ]  # fmt: skip
     for name in bigain_fx.__all__:
         assert getattr(bigain_fx, name).__doc__, name

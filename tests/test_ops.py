@@ -246,6 +246,11 @@ def test_pool_plan(make: Callable[[int, int, int], Tensor], grid: Pair, cell: Pa
 # ------------------------------------------------------------------------------------- merge and unmerge
 
 
+def test_group_sizes() -> None:
+    plan = plan_of(torch.randn(2, 63, 8), (7, 9), (2, 2), 40)
+    assert torch.equal(BIGAIN.group_sizes(plan.assign, 23), oracle.group_sizes(plan))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mlerp(dtype: torch.dtype) -> None:
     plan = plan_of(torch.randn(2, 63, 8), (7, 9), (2, 2), 40)

@@ -16,7 +16,7 @@ from bigain_fx.capture import capture
 from bigain_fx.passes.methods import normalize
 from bigain_fx.passes.pipeline import Rewritten, rewrite
 from tests import oracle
-from tests.toys import C, H, N, Toy, W, heads, join
+from tests.toys import C, H, LiteralSizes, N, Toy, W, heads, join
 
 GRID = (H, W)
 RATIO = 0.5
@@ -203,6 +203,60 @@ def test_the_choices_for_comparison(kind: str, reduce: str) -> None:
     toy.squeeze, toy.spread = squeeze, lambda y: oracle.unmerge(y, plans[0])
     with torch.no_grad():
         torch.testing.assert_close(output, toy(image), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [bgx.LaplacianMerge, bgx.ToMe, bgx.BlockPool])
+@pytest.mark.parametrize("scope", ["attention", "block"])
+@pytest.mark.parametrize("reduce", ["mean", "prune"])
+def test_proportional_attention_repeats_each_key(method: Any, scope: str, reduce: str) -> None:
+    """A key that counts for its group is a key repeated as often as the group has tokens."""
+    torch.manual_seed(0)
+    toy, image = Toy(), torch.randn(2, 3, H, W)
+    _, plain = run(toy, method(RATIO, scope=scope, reduce=reduce), image)
+    rewritten, output = run(toy, method(RATIO, scope=scope, reduce=reduce, proportional=True), image)
+    (node,) = (node for node in rewritten.module.graph.nodes if "_plan" in str(node.target))
+    with torch.no_grad():
+        h = toy.tokens(image)
+        plan = oracle.Plan(*node.target(h, *node.args[1:4], *[torch_position(rewritten, node)][: len(node.args) - 4]))
+        few = (oracle.merge if reduce == "mean" else oracle.prune)(toy.norm(h), plan)
+        every = oracle.unmerge(few, plan)
+        expected = h + oracle.unmerge(toy.out(toy.attend(*map(heads, (toy.q(few), toy.k(every), toy.v(every))))), plan)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    assert (output - plain).norm() > 1e-3 * plain.norm()
+
+
+def torch_position(rewritten: Rewritten, plan: Any) -> Tensor | None:
+    """Where the given plan has its destinations."""
+    position = plan.args[4] if len(plan.args) > 4 else None
+    return None if position is None else getattr(rewritten.module, str(position.target))
+
+
+class Masked(Toy):
+    """An attention with a mask of its own."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return join(F.scaled_dot_product_attention(q, k, v, torch.zeros(q.shape[-2], k.shape[-2])))
+
+
+@pytest.mark.parametrize(
+    ("toy_class", "reason"),
+    [
+        (Masked, "proportional: its attention has a mask already"),
+        (LiteralSizes, "proportional: batch and heads share a dimension"),
+    ],
+)
+def test_attention_that_cannot_be_weighed_is_left_alone(toy_class: type[Toy], reason: str) -> None:
+    image = torch.randn(2, 3, H, W)
+    rewritten, _ = run(toy_class(), bgx.LaplacianMerge(RATIO, proportional=True), image)
+    assert (rewritten.records[0].action, rewritten.records[0].reason) == ("kept", reason)
+    assert run(toy_class(), bgx.LaplacianMerge(RATIO), image)[0].records[0].action == "merge"
+
+
+def test_downsampled_keys_are_no_groups() -> None:
+    torch.manual_seed(0)
+    toy, image = Toy(), torch.randn(2, 3, H, W)
+    both = [run(toy, (bgx.LaplacianMerge(RATIO, proportional=p), bgx.KVDownsample(2)), image)[1] for p in (False, True)]
+    assert torch.equal(*both)
 
 
 class NoNorm(Toy):

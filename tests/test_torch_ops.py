@@ -25,6 +25,7 @@ def op_samples() -> list[tuple[str, Any, tuple[Any, ...]]]:
         ("merge_plan-bfloat16", BIGAIN.merge_plan.default, (x.bfloat16(), (5, 7), (2, 2), 20)),
         ("row_positions", BIGAIN.row_positions.default, (x, (5, 7), (2, 2))),
         ("pool_plan", BIGAIN.pool_plan.default, (x, (5, 7), (2, 2), 4)),
+        ("group_sizes", BIGAIN.group_sizes.default, (assign, 20)),
         ("mlerp", BIGAIN.mlerp.default, (x, assign, 20)),
         ("merge", BIGAIN.merge.default, (x, assign, 20)),
         ("merge-bfloat16", BIGAIN.merge.default, (x.bfloat16(), assign, 20)),

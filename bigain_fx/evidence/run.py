@@ -99,8 +99,8 @@ def evaluate(
     if generate < 0 or generate == 1:
         raise InputError(f"generate={generate!r} must be 0, or 2 or more: FID needs a covariance")
     check_backend(backend)
-    make_folder(out)
     subject, samples = open_both(model, data, kind)
+    make_folder(out)
     extractor = load_extractor(samples.name) if model in embedded.NAMES and generate else None
     evaluation = Evaluation(subject, samples, settings, work or out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bigain_fx.passes.ops.kv import kv_downsample, linear_alpha, nearest_tokens
-from bigain_fx.passes.ops.merge import merge, mlerp, unmerge
+from bigain_fx.passes.ops.merge import group_sizes, merge, mlerp, unmerge
 from bigain_fx.passes.ops.plan import merge_plan, pool_plan
 from bigain_fx.passes.ops.score import complete_cells, laplacian_score, random_positions, row_positions
 
@@ -22,6 +22,7 @@ SCHEMAS: dict[str, Callable[..., Any]] = {
     "row_positions(Tensor metric, int[2] grid, int[2] cell) -> Tensor": row_positions,
     "pool_plan(Tensor metric, int[2] grid, int[2] cell, int pooled) -> (Tensor assign, Tensor rep)": pool_plan,
     "merge(Tensor x, Tensor assign, int groups) -> Tensor": merge,
+    "group_sizes(Tensor assign, int groups) -> Tensor": group_sizes,
     "mlerp(Tensor x, Tensor assign, int groups) -> Tensor": mlerp,
     "unmerge(Tensor y, Tensor assign) -> Tensor": unmerge,
     "kv_downsample(Tensor x, float alpha, int[2] grid, int factor) -> Tensor": kv_downsample,
@@ -40,6 +41,6 @@ PLANS = frozenset({torch.ops.bigain.merge_plan.default, torch.ops.bigain.pool_pl
 
 __all__ = [
     "PLANS",
-    "complete_cells", "kv_downsample", "laplacian_score", "linear_alpha", "merge", "merge_plan", "mlerp",
+    "complete_cells", "group_sizes", "kv_downsample", "laplacian_score", "linear_alpha", "merge", "merge_plan", "mlerp",
     "nearest_tokens", "pool_plan", "random_positions", "row_positions", "unmerge",
 ]  # fmt: skip

@@ -27,6 +27,12 @@ def merge(x: Tensor, assign: Tensor, groups: int) -> Tensor:
     return mean.view(batch, groups, channels).to(x.dtype)
 
 
+def group_sizes(assign: Tensor, groups: int) -> Tensor:
+    """How many tokens each group has: ``assign (B, N)`` int64 into ``[0, groups)`` -> ``(B, groups)`` float32."""
+    ones = torch.ones(assign.shape, device=assign.device)
+    return torch.zeros(assign.shape[0], groups, device=assign.device).scatter_add(1, assign, ones)
+
+
 def mlerp(x: Tensor, assign: Tensor, groups: int) -> Tensor:
     """As :func:`merge`, but each mean is as long as its group's longest member (``docs/operators.md``, "Merge")."""
     mean = merge(x.float(), assign, groups)

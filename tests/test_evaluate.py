@@ -71,12 +71,19 @@ def test_a_stopped_evaluation_goes_on_to_the_same_numbers(tmp_path: Path) -> Non
 
 def test_what_is_there_is_not_worked_out_again(tmp_path: Path) -> None:
     first = measure(Evaluation(subject(), samples(), SETTINGS, tmp_path))
-    other = subject()
-    nn.init.constant_(other.bundle.model.proj_out_2.bias, 7.0)  # would change every number
-    assert_same(first, measure(Evaluation(other, samples(), SETTINGS, tmp_path)))
-    fewer = measure(Evaluation(other, samples(), SETTINGS, tmp_path), images=40, generate=20)
+    broken = Evaluation(subject(), samples(broken=0), SETTINGS, tmp_path)  # would raise
+    assert_same(first, measure(broken))
+    fewer = measure(broken, images=40, generate=20)
     assert torch.equal(fewer.classification.errors, first.classification.errors[:40])
     assert torch.equal(fewer.generated, first.generated[:20])
+
+
+def test_other_weights_are_another_evaluation(tmp_path: Path) -> None:
+    Evaluation(subject(), samples(), SETTINGS, tmp_path)
+    other = subject()
+    nn.init.constant_(other.bundle.model.proj_out_2.bias, 7.0)
+    with pytest.raises(bgx.InputError, match=r"holds an evaluation with weights='.*', not '.*'; name another folder"):
+        Evaluation(other, samples(), SETTINGS, tmp_path)
 
 
 def test_dense_is_the_plain_model_and_methods_differ(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.methods import Methods
 from bigain_fx.sample import predict, sample
 from bigain_fx.subject import Subject
+from bigain_fx.trace import digest
 
 CHUNK = 20
 PROBES = 16
@@ -204,7 +205,10 @@ class Evaluation:
             raise InputError(
                 f"data={self.samples.name!r} has no image of {len(missing)} classes: {', '.join(missing[:5])}"
             )
-        mine = {"model": self.bundle.name, "data": self.samples.name, **asdict(self.settings)}
+        weights = digest(self.bundle.model)
+        mine = {
+            "model": self.bundle.name, "weights": weights, "data": self.samples.name, **asdict(self.settings)
+        }  # fmt: skip
         mine = json.loads(json.dumps(mine))
         path = self.folder / "settings.json"
         if path.exists():

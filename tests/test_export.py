@@ -139,9 +139,10 @@ def test_the_file_says_what_it_is_and_not_where_it_was_made(inputs: Any, tmp_pat
 
 
 def test_a_method_that_the_grammar_cannot_say_is_written_as_python(inputs: Any, tmp_path: Path) -> None:
-    bgx.export_onnx(unet(), (), tmp_path / "a.onnx", kwargs=inputs, method=bgx.LaplacianMerge(0.5, levels=None))
+    given = bgx.KVDownsample(2, bgx.LinearAlpha(t_noisy=900, t_clean=100))
+    bgx.export_onnx(unet(), (), tmp_path / "a.onnx", kwargs=inputs, method=given)
     method = bgx.OrtDenoiser(tmp_path / "a.onnx").interface.method
-    assert method == "LaplacianMerge(ratio=0.5, levels=None)"
+    assert method == "KVDownsample(alpha=LinearAlpha(noisy=0.8, clean=1.2, t_noisy=900, t_clean=100))"
 
 
 def test_sizes_share_one_weight_file(inputs: Any, tmp_path: Path) -> None:

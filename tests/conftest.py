@@ -1,9 +1,14 @@
-"""Every test starts from the same seed."""
+"""Every test starts from the same seed; processes side by side share the cores."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from bigain_fx import cli
+from tests import pipes
 from tests.test_optimize import unet
 
 
@@ -86,9 +89,47 @@ def test_export_of_a_package(
     assert "model-todo-2.pt2: 0.0 MB; UNet2DConditionModel, todo:2: 3 of 8" in capsys.readouterr().out
 
 
+def test_evaluate_a_pipeline_on_a_folder_of_images(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pipes.text_to_image().save_pretrained(tmp_path / "pipe")
+    for index, name in enumerate(("cat", "cat", "dog", "dog")):
+        (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    command = [
+        "evaluate", str(tmp_path / "pipe"), "--data", str(tmp_path / "images"), "--images", "4", "--generate", "0",
+        "--samples", "2", "--keep", "1", "--batch", "4", "--backend", "eager", "--out", str(tmp_path / "out"),
+        "--methods", "dense,tome:0.5,bigain-tm:0.5", "--no-time",
+    ]  # fmt: skip
+    assert run(monkeypatch, *command) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["method"] for row in report["rows"]] == ["dense", "tome:0.5", "bigain-tm:0.5"]
+    assert report["rows"][2]["against"] == "tome:0.5"
+    assert report["rows"][2]["sites"] > 0
+    assert report["classes"] == 2
+    assert "| `bigain-tm:0.5` |" in printed
+    assert "| `bigain-tm:0.5` |" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "report.png").stat().st_size > 5000
+    assert run(monkeypatch, *command[:-1], "--time") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["ms"]) == {"dense, eager", "dense", "tome:0.5", "bigain-tm:0.5"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["classify", "photo-dti", "a.png"], "error: model='photo-dti' is neither one of mnist-dit"),
+        (["classify", "mnist-dit", "no.png", "--backend", "eager"], "error: image 'no.png' is not there"),
+        (["classify", "mnist-dit"], "Missing argument"),
+        (["generate", "mnist-dit", "--prompts", "a|b"], "error: prompts=['a', 'b']: mnist-dit knows its classes"),
+        (["generate", "mnist-dit", "--backend", "eagre"], "error: backend='eagre' is not known to torch.compile"),
+        (["evaluate", "mnist-dit", "--samples", "4,x"], "error: samples='4,x' must be whole numbers, separated by"),
+        (["evaluate", "mnist-dit", "--data", "pets"], "error: data='pets': mnist-dit is evaluated on its own"),
+        (["evaluate", "mnist-dit", "--generate", "1"], "error: generate=1 must be 0, or 2 or more"),
+        (["evaluate", "nowhere"], "error: data=None: name what nowhere is evaluated on"),
+        (["spectrum", "sd2"], "error: name='sd2' is not an embedded denoiser"),
         (["inspect", "sd9"], "error: model='sd9' is neither a folder"),
         (["inspect", "sd2", "--methods", "bigain:0.7"], "'bigain:0.7' is not a method"),
         (["inspect", "sd2", "--methods", "tome:2"], "error: ratio=2.0 must be between 0 and 0.75"),
@@ -120,4 +161,4 @@ def test_errors_are_short_and_end_with_status_two(
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("demo", "inspect", "export", "bench"))
+    assert all(command in out for command in ("demo", "inspect", "export", "bench", "evaluate", "spectrum"))

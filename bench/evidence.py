@@ -17,11 +17,16 @@ import torch
 import typer
 from rich.console import Console
 
+import bigain_fx as bgx
 from bigain_fx import embedded
 from bigain_fx.bench import evidence_document
+from bigain_fx.embedded.data import Images, data_set
+from bigain_fx.embedded.train import save_atomically
+from bigain_fx.evidence import spectrum_report
 from bigain_fx.evidence.evaluate import Settings
 from bigain_fx.evidence.run import evaluate
 from bigain_fx.passes.grammar import parse_list
+from bigain_fx.passes.methods import KVDownsample
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "evidence"
@@ -68,7 +73,10 @@ STUDIES = (
         200,
     ),
 )
-NAMES = tuple(study.name for study in STUDIES)
+SPECTRA = "tome:0.7,bigain-tm:0.7,block-pool:0.7,todo:2,bigain-td:2:0.9,bigain-td:2:0"
+TIMESTEPS = (100, 500, 900)
+CALIBRATED = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
+NAMES = (*(study.name for study in STUDIES), "spectrum", "calibration")
 QUICK = tuple(Study(study.name, study.methods, 20, 20) for study in STUDIES)
 
 
@@ -82,11 +90,13 @@ def run(
     timed: Annotated[bool, typer.Option("--time/--no-time", help="time calls too; on an idle machine")] = True,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default")] = 0,
 ) -> None:
-    """Evaluate MODELS, then write the document from all results that are there."""
+    """Measure MODELS, then write the document from all results that are there."""
     if threads:
         torch.set_num_threads(threads)
     settings = Settings(n_samples=(1, 2), steps=3) if quick else Settings()
     wanted = set(studies.split(","))
+    if unknown := wanted - set(NAMES):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))} is none of {', '.join(NAMES)}", param_hint="--studies")
     out.mkdir(parents=True, exist_ok=True)
     for model in models.split(","):
         for study in QUICK if quick else STUDIES:
@@ -98,13 +108,35 @@ def run(
                 images=study.images, generate=study.generated, settings=settings, timed=timed and study.name == "main",
                 backend="eager" if quick else "inductor",
             )  # fmt: skip
+        images = 2 if quick else 16
+        if "spectrum" in wanted:
+            folder = out / f"{model}-spectrum"
+            spectrum_report.run(model, parse_list(SPECTRA), TIMESTEPS, images=images, seed=0, out=folder)
+        if "calibration" in wanted:
+            calibrate(model, images, out / f"{model}-calibration.json")
     write(results(out), out, document)
+
+
+def calibrate(model: str, images: int, file: Path) -> None:
+    """Write which alpha deviates least on ``images`` training images, at each of :data:`CALIBRATED`."""
+    bundle, data = embedded.load(model), data_set(model.split("-")[0])
+    drawn = Images(*data.draw(images, torch.Generator().manual_seed(0)))
+    calls = [spectrum_report.noised_call(bundle, drawn, step, step) for step in CALIBRATED]
+    factors = {}
+    for factor in (2, 4):
+        line = bgx.calibrate(bundle.model, calls, method=KVDownsample(factor))
+        constant = bgx.calibrate(bundle.model, calls, method=KVDownsample(factor), schedule=False)
+        methods = {"schedule": str(line.method), "constant": str(constant.method)}
+        factors[str(factor)] = methods | {name: getattr(line, name) for name in ("timesteps", "best", "deviation")}
+    result = {"model": model, "images": images, "torch": torch.__version__, "factors": factors}
+    save_atomically(lambda path: path.write_text(json.dumps(result, indent=1) + "\n"), file)
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
     """All results in ``folder``, by model and study: ``photo-dit-main``."""
-    names = [f"{model}-{study}" for model in embedded.NAMES for study in NAMES]
-    files = {name: folder / f"{name}.json" for name in names}
+    names = {f"{model}-{study}": f"{model}-{study}.json" for model in embedded.NAMES for study in NAMES}
+    names |= {f"{model}-spectrum": f"{model}-spectrum/spectrum.json" for model in embedded.NAMES}
+    files = {name: folder / path for name, path in names.items()}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
 
 

@@ -18,6 +18,8 @@ CLAIMS = (
     ("bigain-td:2:0.9", "Keys and values 4 times fewer: the paper's alpha, 0.9, against ToDo (alpha 1)"),
     ("bigain-td:2:0", "The same with alpha 0, average pooling"),
 )
+HIGH = 0.375
+"""Cycles per token: what lies above is the top quarter of the frequencies."""
 STUDIES = {"merging": "Merging", "downsampling": "Downsampling keys and values"}
 
 
@@ -47,6 +49,8 @@ def text(found: Results, figures: Path) -> str:
                 file = figures / f"{model}-{study}.json"
                 lines += [f"## {title}: {model}", "", f"[{_count(result)}]({file})", "", to_table(_rows(result))]
                 lines += [f"![{title}]({file.with_suffix('.png')})", ""]
+    lines += _spectra({name: result for name, result in found.items() if name.endswith("-spectrum")}, figures)
+    lines += _calibrations({name: result for name, result in found.items() if name.endswith("-calibration")})
     return "\n".join([*lines, *_how(mains)]) + "\n"
 
 
@@ -124,6 +128,49 @@ def _times(mains: Results) -> list[str]:
             )
     what = "Medians of rounds in turn, in one process. Classifying takes as many calls with every method."
     return [*lines, "", what, ""]
+
+
+def _spectra(found: Results, figures: Path) -> list[str]:
+    """Retention and error of the highest frequencies."""
+    lines = []
+    for name, result in found.items():
+        methods = result["methods"]
+        steps = next(iter(methods.values()))["timesteps"]
+        lines += [f"### {result['model']}", "", "| method | " + " | ".join(f"t = {step}" for step in steps) + " |"]
+        lines += ["| --- |" + " ---: |" * len(steps)]
+        for method, item in methods.items():
+            high = [index for index, frequency in enumerate(item["frequencies"]) if frequency > HIGH]
+            means = [
+                [sum(curve[index] for index in high) / len(high) for curve in item[kind]]
+                for kind in ("retention", "deviation")
+            ]
+            cells = [f"{left:.2f}, {lost:.2f}" for left, lost in zip(*means, strict=True)]
+            lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+        lines += ["", f"![spectra of {result['model']}]({figures / name / 'spectrum.png'})", ""]
+    if not lines:
+        return []
+    what = (
+        f"Of the power above {HIGH:g} cycles per token, in what self-attention reads: the share that is left, and the "
+        "power of the error, over what was there before; means of the attentions. An error above 1 is worse than "
+        "nothing."
+    )
+    return ["## What becomes of high frequencies", "", what, "", *lines]
+
+
+def _calibrations(found: Results) -> list[str]:
+    """The alphas that deviate least."""
+    if not found:
+        return []
+    steps = next(iter(found.values()))["factors"]["2"]["timesteps"]
+    head = ["denoiser", "factor", "schedule", "constant", *(f"t = {step:g}" for step in steps)]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for result in found.values():
+        for factor, item in result["factors"].items():
+            best = [f"{alpha:.2f}" for alpha in item["best"]]
+            cells = [result["model"], factor, f"`{item['schedule']}`", f"`{item['constant']}`", *best]
+            lines.append("| " + " | ".join(cells) + " |")
+    what = "The alpha whose output deviates least from dense (`bigain_fx.calibrate`, on training images), by timestep."
+    return ["## Which alpha", "", what, "", *lines, ""]
 
 
 def _how(mains: Results) -> list[str]:

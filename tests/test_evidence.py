@@ -49,12 +49,25 @@ def test_only_an_interval_without_zero_decides(gain: tuple[float, float, float],
 
 
 def test_every_study_has_a_section() -> None:
-    found = {f"photo-dit-{study}": result(row("dense", 60)) for study in evidence.NAMES}
+    found = {f"photo-dit-{study.name}": result(row("dense", 60)) for study in evidence.STUDIES}
     text = evidence_document.text(found, Path("figures"))
     assert "## Merging: photo-dit" in text
     assert "## Downsampling keys and values: photo-dit" in text
     assert "[100 images classified, 50 generated](figures/photo-dit-merging.json)" in text
     assert len(evidence_document.overview(found).axes) == 1
+
+
+def test_spectra_and_calibrations_are_tables() -> None:
+    frequencies = [0.0, 0.25, 0.4375, 0.5]
+    curves = {"retention": [[1, 1, 0.5, 0.7]], "deviation": [[0, 0, 1.0, 1.5]], "timesteps": [100]}
+    spectrum = {"model": "photo-dit", "methods": {"todo:2": {"frequencies": frequencies, **curves}}}
+    item = {"schedule": "bigain-td:2:0.1..0.2", "constant": "bigain-td:2:0.15", "timesteps": [50.0], "best": [0.123]}
+    calibration = {"model": "photo-dit", "factors": {"2": item}}
+    found = {"photo-dit-spectrum": spectrum, "photo-dit-calibration": calibration}
+    text = evidence_document.text(found, Path("figures"))
+    assert "| `todo:2` | 0.60, 1.25 |" in text
+    assert "figures/photo-dit-spectrum/spectrum.png" in text
+    assert "| photo-dit | 2 | `bigain-td:2:0.1..0.2` | `bigain-td:2:0.15` | 0.12 |" in text
 
 
 @pytest.mark.parametrize("study", evidence.STUDIES, ids=lambda study: study.name)
@@ -75,7 +88,8 @@ def test_the_committed_document_is_that_of_the_committed_results() -> None:
 
 @pytest.mark.slow
 def test_a_quick_run_of_the_evidence(tmp_path: Path) -> None:
-    arguments = ["--quick", "--models", "mnist-dit,photo-dit", "--studies", "main", "--work", str(tmp_path / "work")]
+    studies = "main,spectrum,calibration"
+    arguments = ["--quick", "--models", "mnist-dit,photo-dit", "--studies", studies, "--work", str(tmp_path / "work")]
     with pytest.raises(SystemExit) as done:
         evidence.main([*arguments, "--out", str(tmp_path), "--document", str(tmp_path / "evidence.md")])
     assert not done.value.code
@@ -84,4 +98,6 @@ def test_a_quick_run_of_the_evidence(tmp_path: Path) -> None:
         assert [found["method"] for found in rows] == list(parse_list(evidence.STUDIES[0].methods))
         assert all(found["fid"] > 0 for found in rows)
     assert (tmp_path / "overview.png").stat().st_size > 10_000
-    assert "photo-dit" in (tmp_path / "evidence.md").read_text()
+    text = (tmp_path / "evidence.md").read_text()
+    assert "## What becomes of high frequencies" in text
+    assert "## Which alpha" in text

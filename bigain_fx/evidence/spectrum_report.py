@@ -53,7 +53,7 @@ def run(
         raise InputError(f"timesteps={wrong} must be between 0 and {last}")
     make_folder(out)
     chosen = held_out.first(images)
-    inputs_at = partial(_inputs, bundle, chosen, seed)
+    inputs_at = partial(noised_call, bundle, chosen, seed)
     found = {
         text: spectrum.measure(bundle.model, inputs_at, method=given, timesteps=timesteps)
         for text, given in methods.items()
@@ -79,7 +79,8 @@ def run(
     Console().print(f"figures: {out}", soft_wrap=True, markup=False)
 
 
-def _inputs(bundle: ClassConditional, images: Images, seed: int, timestep: int) -> dict[str, Any]:
+def noised_call(bundle: ClassConditional, images: Images, seed: int, timestep: int) -> dict[str, Any]:
+    """Keyword arguments of the denoiser for ``images``, noised to ``timestep``, each under its own class."""
     noise = torch.randn(images.images.shape, generator=torch.Generator().manual_seed(seed))
     noising = Noising(bundle.scheduler, (bundle.scheduler.config.num_train_timesteps - 1, 0))
     noisy, _, timesteps = noising(images.images, noise, torch.full((len(images),), timestep))

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DiTPipeline, DiTTransformer2DModel
 from PIL import Image
 
 from bigain_fx import cli
+from bigain_fx.evidence import run as evaluation
+from bigain_fx.evidence.data_sets import LabelledImages
 from tests import pipes
 from tests.test_optimize import unet
 
@@ -115,6 +119,25 @@ def test_evaluate_a_pipeline_on_a_folder_of_images(
     assert run(monkeypatch, *command[:-1], "--time") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(report["ms"]) == {"dense, eager", "dense", "tome:0.5", "bigain-tm:0.5"}
+
+
+@pytest.mark.parametrize("names", [("cat", "dog"), ("tabby, cat", "cat, dog", "dog")])
+def test_a_class_conditional_pipeline_is_asked_for_the_classes_of_the_data(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """By name; or, where the data have as many classes as it has, by number: names may be ambiguous."""
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=16,
+        num_embeds_ada_norm=3,
+    )  # fmt: skip
+    pipe = DiTPipeline(transformer=transformer, vae=pipes.vae(), scheduler=pipes.ddim())
+    pipe.register_to_config(id2label={"0": "cat", "1": "bird", "2": "dog"})
+    pipe.save_pretrained(tmp_path)
+    data = LabelledImages("data", names, "{}", 8, ((0,), (1,)), None)
+    monkeypatch.setattr(evaluation, "open_data", lambda source, size, kind: data)
+    subject, _ = evaluation.open_both(str(tmp_path), "data", None)
+    labels = subject.bundle.condition(torch.arange(len(names)))["class_labels"].tolist()
+    assert labels == ([0, 2] if len(names) == 2 else [0, 1, 2])
 
 
 @pytest.mark.parametrize(

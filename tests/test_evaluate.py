@@ -221,14 +221,21 @@ class Pixels(nn.Module):
         return self.weight * images.float().flatten(1).unflatten(1, (3, -1)).mean(2)
 
 
-def test_fid_is_the_frechet_distance() -> None:
-    generator = torch.Generator().manual_seed(0)
-    real, made = (torch.randint(0, top, (60, 1, 6, 6), generator=generator, dtype=torch.uint8) for top in (256, 200))
+def frechet(real: Tensor, made: Tensor) -> float:
     a, b = (Pixels()(images).double().numpy() for images in (real, made))
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = np.sqrt(np.linalg.eigvals(first @ second).astype(complex)).real.sum()
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * root
-    assert summary.fid(real, made, Pixels()) == pytest.approx(expected, rel=1e-4)
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first) + np.trace(second) - 2 * root)
+
+
+def test_fid_is_the_frechet_distance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real, made, worse = (
+        torch.randint(0, top, (60, 1, 6, 6), generator=generator, dtype=torch.uint8) for top in (256, 200, 50)
+    )
+    found = summary.fids(real.split(7), {"made": made, "worse": worse}, Pixels())
+    assert found["made"] == pytest.approx(frechet(real, made), rel=1e-4)
+    assert found["worse"] == pytest.approx(frechet(real, worse), rel=1e-4)
 
 
 def test_the_figure_has_a_row_for_each_method() -> None:

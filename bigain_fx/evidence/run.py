@@ -7,16 +7,15 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 from bigain_fx import embedded
 from bigain_fx.demo import check_backend, interleaved, make_folder
@@ -61,7 +60,11 @@ def open_both(model: str, data: str | None, kind: str | None) -> tuple[Subject, 
     pipe = load_pipeline(model)
     found = open_data(data, size=image_size(pipe), kind=kind)
     samples = Samples(found.name, found.classes, len(found), found.image, found.labels)
-    return open_subject(model, found.prompts, pipe), samples
+    if hasattr(pipe, "text_encoder"):
+        return open_subject(model, found.prompts, pipe), samples
+    names = tuple(name.split(",")[0].strip() for name in found.classes)
+    subject = open_subject(model, (), pipe)  # all of its classes: in the order of the data, if they are as many
+    return (subject if len(names) == len(subject.classes) else open_subject(model, names, pipe)), samples
 
 
 def evaluate(
@@ -113,9 +116,8 @@ def evaluate(
                 text, given, images=images, generate=generate, backend=backend, progress=advance
             )
         times = _times(evaluation, methods, backend) if timed else {}
-    everything = range(samples.count)
-    fids = _fids([samples.image(index) for index in everything], measured, extractor) if generate else {}
-    labels = [samples.labels(index) for index in everything]
+    fids = _fids(samples, measured, extractor) if generate else {}
+    labels = [samples.labels(index) for index in range(samples.count)]
     found = summary.rows(measured, methods, labels, fids, times)
     features = "Inception's" if extractor is None else f"those of {samples.name}-features, not Inception's"
     facts = {
@@ -128,11 +130,12 @@ def evaluate(
     return found
 
 
-def _fids(real: Sequence[Tensor], measured: Mapping[str, Measured], extractor: nn.Module | None) -> dict[str, float]:
+def _fids(samples: Samples, measured: Mapping[str, Measured], extractor: nn.Module | None) -> dict[str, float]:
     """FID by text, with the features of ``extractor``, or of Inception; none where its weights cannot be had."""
-    pixels = as_bytes(torch.stack(list(real)))
+    real = (as_bytes(samples.image(index))[None] for index in range(samples.count))
+    generated = {text: item.generated for text, item in measured.items()}
     try:
-        return {text: summary.fid(pixels, item.generated, extractor or INCEPTION) for text, item in measured.items()}
+        return summary.fids(real, generated, extractor or INCEPTION)
     except (ModuleNotFoundError, OSError) as error:
         Console().print(f"no FID: Inception's weights cannot be had ({first_line(error)})", markup=False)
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -145,14 +145,28 @@ def _db(dense: Tensor, output: Tensor) -> float:
     return math.inf if error == 0 else float(20 * torch.log10(dense.norm() / error))
 
 
-def fid(real: Tensor, generated: Tensor, extractor: torch.nn.Module | int) -> float:
-    """Frechet distance between the features of ``real`` and ``generated (n, C, H, W)`` uint8 (Heusel et al. 2017)."""
+def fids(real: Iterable[Tensor], generated: Mapping[str, Tensor], extractor: torch.nn.Module | int) -> dict[str, float]:
+    """Frechet distances between the features of real and of generated images, by name (Heusel et al. 2017).
+
+    Args:
+        real: batches ``(n, C, H, W)`` uint8, read once.
+        generated: ``(n, C, H, W)`` uint8, two images or more each.
+        extractor: features ``(n, d)`` of such images; or how many of Inception's.
+
+    Raises:
+        ModuleNotFoundError, OSError: Inception was asked for, and torch-fidelity or the weights cannot be had.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=extractor)
-    metric.update(real, real=True)
-    metric.update(generated, real=False)
-    return float(metric.compute())
+    metric = FrechetInceptionDistance(feature=extractor, reset_real_features=False)
+    for batch in real:
+        metric.update(batch, real=True)
+    found = {}
+    for name, images in generated.items():
+        metric.reset()
+        metric.update(images, real=False)
+        found[name] = float(metric.compute())
+    return found
 
 
 def to_table(found: Sequence[Row]) -> str:

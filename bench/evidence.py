@@ -48,10 +48,12 @@ class Study:
     generated: int
 
 
+BETTER = ":proportional=true:unmerge=blend"
+"""What is not in the paper."""
 STUDIES = (
     Study(
         "main",
-        "dense,tome:0.7,bigain-tm:0.7,bigain-tm:0.7:proportional=true,todo:2,bigain-td:2:0.9,bigain-td:2:0",
+        f"dense,tome:0.7,bigain-tm:0.7,bigain-tm:0.7{BETTER},todo:2,bigain-td:2:0.9,bigain-td:2:0",
         500,
         500,
     ),
@@ -59,8 +61,9 @@ STUDIES = (
         "merging",
         "dense,tome:0.3,bigain-tm:0.3,tome:0.5,bigain-tm:0.5,tome:0.7,tome:0.7:destination=top-left,bigain-tm:0.7,"
         "bigain-tm:0.7:cell_layout=row,bigain-tm:0.7:metric=input,bigain-tm:0.7:metric=stream,bigain-tm:0.7:reduce=mlerp,"
-        "bigain-tm:0.7:reduce=prune,tome:0.7:proportional=true,block-pool:0.7,block-pool:0.7:proportional=true,"
-        "tome:0.75,bigain-tm:0.75",
+        f"bigain-tm:0.7:reduce=prune,bigain-tm:0.7:proportional=true,bigain-tm:0.7:unmerge=blend,bigain-tm:0.7{BETTER},"
+        f"tome:0.7{BETTER},block-pool:0.7,block-pool:0.7{BETTER},tome:0.75,bigain-tm:0.75,bigain-tm:0.75{BETTER},"
+        f"bigain-tm:0.5{BETTER},bigain-tm:0.3{BETTER}",
         200,
         200,
     ),

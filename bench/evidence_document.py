@@ -14,7 +14,10 @@ Results = Mapping[str, Mapping[str, Any]]
 EAGER = "dense, eager"
 CLAIMS = (
     ("bigain-tm:0.7", "Merging 70 % of the tokens: destinations by the Laplacian against ToMe's"),
-    ("bigain-tm:0.7:proportional=true", "The same with proportional attention, which is not in the paper"),
+    (
+        "bigain-tm:0.7:proportional=true:unmerge=blend",
+        "The same with proportional attention and blended unmerging, which are not in the paper",
+    ),
     ("bigain-td:2:0.9", "Keys and values 4 times fewer: the paper's alpha, 0.9, against ToDo (alpha 1)"),
     ("bigain-td:2:0", "The same with alpha 0, average pooling"),
 )

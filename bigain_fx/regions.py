@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bigain_fx.passes import ops
 from bigain_fx.passes.arguments import memory_of, mutates
-from bigain_fx.passes.ops import PLANS
+from bigain_fx.passes.ops import DECIDING
 from bigain_fx.passes.surgery import BRANCH
 
 
@@ -33,7 +33,7 @@ def as_regions(module: GraphModule) -> None:
         if name := node.meta.get(BRANCH):
             branches.setdefault(name, []).append(node)
     groups = [_with_own_inputs(nodes) for nodes in branches.values()]
-    groups += [[node] for node in module.graph.nodes if node.target in PLANS]
+    groups += [[node] for node in module.graph.nodes if node.target in DECIDING]
     regions: dict[str, Callable[..., Any]] = {}
     for nodes in groups:
         _call_as_region(module, nodes, regions)
@@ -60,7 +60,7 @@ def _with_own_inputs(nodes: Sequence[Node]) -> list[Node]:
     found, pending = set(nodes), list(nodes)
     while pending:
         for source in pending.pop().all_input_nodes:
-            free = source.meta.get(BRANCH) == "" and source.target not in PLANS
+            free = source.meta.get(BRANCH) == "" and source.target not in DECIDING
             if free and source not in found and all(user in found for user in source.users):
                 found.add(source)
                 pending.append(source)

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from bigain_fx.passes.axes import aten, shape_of
-from bigain_fx.passes.ops import complete_cells
+from bigain_fx.passes.ops import DECIDING, complete_cells
 
 _CONVOLUTIONS = frozenset({
     aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default,
@@ -26,8 +26,8 @@ def flops(nodes: Iterable[Node]) -> int:
 
 
 def plan_flops(nodes: Iterable[Node]) -> int:
-    """The part of :func:`flops` that deciding takes: the similarities of every plan."""
-    return flops(node for node in nodes if node.target is torch.ops.bigain.merge_plan.default)
+    """The part of :func:`flops` that deciding takes: similarities."""
+    return flops(node for node in nodes if node.target in DECIDING)
 
 
 def _node_flops(node: Node) -> int:
@@ -56,6 +56,9 @@ def _node_flops(node: Node) -> int:
             (batch, tokens, channels), grid, cell = shapes[0], *node.args[1:3]
             cells = math.prod(complete_cells(grid, cell))  # type: ignore[arg-type]
             return 2 * batch * (tokens - cells) * cells * channels
+        case torch.ops.bigain.nearest_groups.default:
+            (batch, tokens, channels), left = shapes[0], shapes[2][1]
+            return 2 * batch * (tokens - left) * left * channels
     return 0
 
 

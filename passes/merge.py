@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch.fx import Node
@@ -66,7 +67,7 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
         regions = [(site.x, site.region)]
     left = tokens_after(site, method)
     with surgeon.after(site.x):
-        assign, rep = _plan(surgeon, site, method, left)
+        assign, rep, back = _plan(surgeon, site, method, left)
     for source, region in regions:
         before, _, after = parts(region.layouts[source][1])
         fewer = Fewer(surgeon, region.layouts, left, rep)
@@ -87,9 +88,7 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
             node.replace_all_uses_with(known[node])
         for node in region.exits:
             before, _, after = parts(region.layouts[node][1])
-            groups = among_all(surgeon, assign, before, after, left)
-            with surgeon.after(known[node]):
-                whole = _unmerge(surgeon, known[node], groups, like=site.sdpa)
+            whole = _unmerge(surgeon, known[node], _all_rows(surgeon, back, before, after, left), like=site.sdpa)
             node.replace_all_uses_with(whole)
     return site
 
@@ -109,8 +108,8 @@ def _weigh(surgeon: Surgeon, sdpa: Node, groups: Node, count: int) -> None:
     sdpa.kwargs = {name: value for name, value in sdpa.kwargs.items() if name != "attn_mask"}
 
 
-def _plan(surgeon: Surgeon, site: AttentionSite, method: MergeMethod, left: int) -> tuple[Node, Node]:
-    """The two maps, ``assign (B, N)`` and ``rep (B, left)``, or ``(1, left)`` where samples share one plan."""
+def _plan(surgeon: Surgeon, site: AttentionSite, method: MergeMethod, left: int) -> tuple[Node, Node, tuple[Node, ...]]:
+    """``assign (B, N)``, ``rep (B, left)``, or ``(1, left)`` where samples share one plan, and what unmerging reads."""
     emit = surgeon.emit
     found = {"auto": site.direct, "stream": site.above, "input": None}[method.metric] or Metric(site.x)
     metric = found.source
@@ -135,14 +134,36 @@ def _plan(surgeon: Surgeon, site: AttentionSite, method: MergeMethod, left: int)
     else:
         plan = emit(bigain.merge_plan.default, (*where, folded, position), like=site.sdpa)
     assign, rep = surgeon.item(plan, 0), surgeon.item(plan, 1)
+    maps = [assign]
+    if method.unmerge == "blend":
+        nearest = emit(bigain.nearest_groups.default, (metric, assign, rep), like=site.sdpa)
+        maps += [surgeon.item(nearest, 0), surgeon.item(nearest, 1)]
     if shared:
-        assign = emit(aten.expand.default, (assign, [site.batch, site.tokens]), like=site.sdpa)
-    return assign, rep
+        maps = [emit(aten.expand.default, (each, [site.batch, *shape_of(each)[1:]]), like=site.sdpa) for each in maps]
+    return maps[0], rep, tuple(maps[1:] or maps)
 
 
-def _unmerge(surgeon: Surgeon, merged: Node, groups: Node, like: Node) -> Node:
+def _all_rows(surgeon: Surgeon, back: tuple[Node, ...], before: int, after: int, left: int) -> tuple[Node, ...]:
+    """The maps ``back`` of the image, for all rows: each row beside the image takes itself."""
+    index, *weights = back
+    if not weights or not before + after:
+        return among_all(surgeon, index, before, after, left), *weights
+    samples, count, tokens = shape_of(index)
+
+    def reshaped(source: Node, shape: list[int]) -> Node:
+        make = partial(surgeon.emit, aten.reshape.default, (source, shape), like=index)
+        return surgeon.once((source, *shape), source, make)
+
+    rows = among_all(surgeon, reshaped(index, [samples * count, tokens]), before, after, left)
+    make = partial(surgeon.emit, aten.constant_pad_nd.default, (weights[0], [before, after]), like=index)
+    return reshaped(rows, [samples, count, -1]), surgeon.once((weights[0], before, after), weights[0], make)
+
+
+def _unmerge(surgeon: Surgeon, merged: Node, maps: tuple[Node, ...], like: Node) -> Node:
     """All rows of ``merged (B, rows, ...)`` again."""
     features = list(shape_of(merged)[2:])
-    rows = merged if len(features) == 1 else surgeon.emit(aten.flatten.using_ints, (merged, 2), like=merged)
-    whole = surgeon.emit(bigain.unmerge.default, (rows, groups), like)
-    return whole if len(features) == 1 else surgeon.emit(aten.unflatten.int, (whole, 2, features), like=merged)
+    target = bigain.unmerge.default if len(maps) == 1 else bigain.blend.default
+    with surgeon.after(max(merged, *maps)):
+        rows = merged if len(features) == 1 else surgeon.emit(aten.flatten.using_ints, (merged, 2), like=merged)
+        whole = surgeon.emit(target, (rows, *maps), like)
+        return whole if len(features) == 1 else surgeon.emit(aten.unflatten.int, (whole, 2, features), like=merged)

@@ -15,6 +15,7 @@ CHOICES = {
     "align": ("sample", "batch"),
     "metric": ("auto", "stream", "input"),
     "reduce": ("mean", "mlerp", "prune"),
+    "unmerge": ("copy", "blend"),
 }
 LEADING = ("ratio", "factor", "alpha")
 """Fields that a text gives by their place; ``scope`` may be given by its value alone."""
@@ -71,6 +72,7 @@ class _Merge:
     metric: str = "auto"
     reduce: str = "mean"
     proportional: bool = False
+    unmerge: str = "copy"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -117,6 +119,8 @@ class LaplacianMerge(_Merge):
             or ``"prune"``, its destination as it is.
         proportional: whether a key counts for all tokens of its group (proportional attention, Bolya et al. 2023); not
             in the paper, which lets each count as one.
+        unmerge: what a token that merged away gets back: ``"copy"``, its group's row (the paper), or ``"blend"``, a
+            mean of the rows of the three groups most similar to it; not in the paper.
         cell_layout: ``"block"``, cells as in the paper's text, or ``"row"``, as the released code forms them.
     """
 
@@ -133,7 +137,7 @@ class ToMe(_Merge):
     """ToMe for diffusion, the baseline: as :class:`LaplacianMerge`, with destinations that ignore the image.
 
     Attributes:
-        ratio, cell, levels, scope, align, metric, reduce, proportional: as in :class:`LaplacianMerge`.
+        ratio, cell, levels, scope, align, metric, reduce, proportional, unmerge: as in :class:`LaplacianMerge`.
         destination: ``"random"``, one draw per graph and grid from ``seed``, or ``"top-left"`` of each cell.
         seed: of the draw.
     """
@@ -155,7 +159,7 @@ class BlockPool(_Merge):
 
     Attributes:
         ratio: share of the tokens that go, rounded down to whole cells.
-        cell, levels, scope, align, metric, reduce, proportional: as in :class:`LaplacianMerge`.
+        cell, levels, scope, align, metric, reduce, proportional, unmerge: as in :class:`LaplacianMerge`.
     """
 
     name: ClassVar[str] = "block-pool"

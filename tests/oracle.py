@@ -192,6 +192,24 @@ def group_sizes(plan: Plan) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
+def blend(y: Tensor, metric: Tensor, plan: Plan) -> Tensor:
+    """Every token that merged away gets a mean of the rows of the three groups most similar to it: (B, N, C).
+
+    Similarity is that of the token's metric and the group's mean metric, by cosine; a group counts ``exp(5 * cosine)``.
+    """
+    means, result = merge(metric.float(), plan), unmerge(y, plan).float()
+    for b in range(len(y)):
+        for token in set(range(metric.shape[1])) - set(plan.rep[b].tolist()):
+            cosines = [
+                float(torch.nn.functional.cosine_similarity(metric[b, token].float(), mean, dim=0)) for mean in means[b]
+            ]
+            best = sorted(range(len(cosines)), key=lambda group: -cosines[group])[:3]
+            weights = [float(np.exp(5 * cosines[group])) for group in best]
+            rows = [weight * y[b, group].float() for weight, group in zip(weights, best, strict=True)]
+            result[b, token] = torch.stack(rows).sum(0) / sum(weights)
+    return result.to(y.dtype)
+
+
 def prune(x: Tensor, plan: Plan) -> Tensor:
     """The representative of every group, as it is."""
     return torch.stack([x[b, plan.rep[b]] for b in range(len(x))])

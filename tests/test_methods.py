@@ -27,6 +27,7 @@ from bigain_fx.passes.methods import Method, normalize
         (lambda: bgx.ToMe(0.5, seed=1.5), "seed=1.5 must be an integer"),
         (lambda: bgx.LaplacianMerge(reduce="sum"), "reduce='sum' must be 'mean' or 'mlerp' or 'prune'"),
         (lambda: bgx.LaplacianMerge(cell_layout="column"), "cell_layout='column' must be 'block' or 'row'"),
+        (lambda: bgx.BlockPool(unmerge="mean"), "unmerge='mean' must be 'copy' or 'blend'"),
         (lambda: bgx.ToMe(proportional=1), "proportional=1 must be True or False"),
         (lambda: parse("tome:0.5:proportional=yes"), "proportional='yes' must be True or False"),
         (lambda: bgx.BlockPool(0.8), "ratio=0.8 must be between 0 and 0.75"),

@@ -260,6 +260,24 @@ def test_mlerp(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y, oracle.mlerp(x, plan), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("grid", "cell"), [*LAYOUTS, ((2, 2), (2, 2)), ((2, 4), (2, 2))])
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_blend(grid: Pair, cell: Pair, share: float, dtype: torch.dtype) -> None:
+    """Grids of one and of two groups have fewer than three to blend."""
+    tokens = grid[0] * grid[1]
+    merged = max(1, oracle.merged_count(grid, cell, share * cap(cell)))
+    metric = torch.randn(2, tokens, 8)
+    plan, y = plan_of(metric, grid, cell, merged), torch.randn(2, tokens - merged, 12).to(dtype)
+    near, weight = BIGAIN.nearest_groups(metric, plan.assign, plan.rep)
+    assert near.shape == (2, min(3, tokens - merged), tokens)
+    found, expected = BIGAIN.blend(y, near, weight), oracle.blend(y, metric, plan)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    lone = torch.zeros(2, tokens, dtype=torch.bool).scatter(1, plan.rep, True)
+    assert torch.equal(found[lone], oracle.unmerge(y, plan)[lone]), "a representative's row is its group's, as it is"
+
+
 @pytest.mark.parametrize(("grid", "cell"), LAYOUTS)
 @pytest.mark.parametrize("share", [0.2, 1.0])
 def test_merge_and_unmerge(grid: Pair, cell: Pair, share: float) -> None:

@@ -225,6 +225,51 @@ def test_proportional_attention_repeats_each_key(method: Any, scope: str, reduce
     assert (output - plain).norm() > 1e-3 * plain.norm()
 
 
+class Beside(Toy):
+    """Learned tokens before and after those of the image, in one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Parameter(torch.randn(1, 2, C)), nn.Parameter(torch.randn(1, 3, C))
+
+    def forward(self, image: Tensor) -> Tensor:
+        sides = [each.expand(len(image), -1, -1) for each in (self.first, self.last)]
+        h = torch.cat([sides[0], self.tokens(image), sides[1]], 1)
+        return h + self.branch(self.norm(h), h)
+
+
+@pytest.mark.parametrize("align", ["sample", "batch"])
+@pytest.mark.parametrize("toy_class", [Toy, Beside])
+@pytest.mark.parametrize("method", [bgx.LaplacianMerge, bgx.ToMe, bgx.BlockPool])
+def test_blended_tokens(method: Any, toy_class: type[Toy], align: str) -> None:
+    torch.manual_seed(0)
+    toy, image = toy_class(), torch.randn(2, 3, H, W)
+    first = 2 if toy_class is Beside else 0
+    _, copied = run(toy, method(RATIO, align=align), image)
+    rewritten, output = run(toy, method(RATIO, align=align, unmerge="blend"), image)
+    (node,) = (node for node in rewritten.module.graph.nodes if "_plan" in str(node.target))
+    made: list[tuple[Tensor, oracle.Plan]] = []
+
+    def squeeze(x: Tensor, residual: Tensor) -> Tensor:
+        metric = residual[:, first : first + N]
+        metric = metric if align == "sample" else metric.transpose(0, 1).reshape(1, N, -1)
+        position = [torch_position(rewritten, node)][: len(node.args) - 4]
+        plan = oracle.Plan(*(each.expand(2, -1) for each in node.target(metric, *node.args[1:4], *position)))
+        made.append((metric.expand(2, -1, -1), plan))
+        few = oracle.merge(x[:, first : first + N], plan)
+        return torch.cat([x[:, :first], few, x[:, first + N :]], 1)
+
+    def spread(y: Tensor) -> Tensor:
+        (metric, plan) = made[0]
+        few = y[:, first : first + plan.rep.shape[1]]
+        return torch.cat([y[:, :first], oracle.blend(few, metric, plan), y[:, first + few.shape[1] :]], 1)
+
+    toy.squeeze, toy.spread = squeeze, spread
+    with torch.no_grad():
+        torch.testing.assert_close(output, toy(image), rtol=1e-4, atol=1e-5)
+    assert (output - copied).norm() > 1e-3 * copied.norm()
+
+
 def torch_position(rewritten: Rewritten, plan: Any) -> Tensor | None:
     """Where the given plan has its destinations."""
     position = plan.args[4] if len(plan.args) > 4 else None

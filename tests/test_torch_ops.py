@@ -29,6 +29,8 @@ def op_samples() -> list[tuple[str, Any, tuple[Any, ...]]]:
         ("mlerp", BIGAIN.mlerp.default, (x, assign, 20)),
         ("merge", BIGAIN.merge.default, (x, assign, 20)),
         ("merge-bfloat16", BIGAIN.merge.default, (x.bfloat16(), assign, 20)),
+        ("nearest_groups", BIGAIN.nearest_groups.default, (x, assign, torch.arange(20).expand(2, 20).contiguous())),
+        ("blend", BIGAIN.blend.default, (x[:, :20], torch.stack([assign, 1 - assign % 2], 1), torch.rand(2, 1, 35))),
         ("unmerge", BIGAIN.unmerge.default, (x[:, :20].contiguous(), assign)),
         ("kv_downsample", BIGAIN.kv_downsample.default, (even, 0.9, (4, 6), 2)),
         ("kv_downsample-Tensor", BIGAIN.kv_downsample.Tensor, (even, alpha, (4, 6), 2)),

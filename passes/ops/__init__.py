@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from bigain_fx.passes.ops.kv import kv_downsample, linear_alpha, nearest_tokens
-from bigain_fx.passes.ops.merge import group_sizes, merge, mlerp, unmerge
-from bigain_fx.passes.ops.plan import merge_plan, pool_plan
+from bigain_fx.passes.ops.merge import blend, group_sizes, merge, mlerp, unmerge
+from bigain_fx.passes.ops.plan import merge_plan, nearest_groups, pool_plan
 from bigain_fx.passes.ops.score import complete_cells, laplacian_score, random_positions, row_positions
 
 SCHEMAS: dict[str, Callable[..., Any]] = {
@@ -24,6 +24,8 @@ SCHEMAS: dict[str, Callable[..., Any]] = {
     "merge(Tensor x, Tensor assign, int groups) -> Tensor": merge,
     "group_sizes(Tensor assign, int groups) -> Tensor": group_sizes,
     "mlerp(Tensor x, Tensor assign, int groups) -> Tensor": mlerp,
+    "nearest_groups(Tensor metric, Tensor assign, Tensor rep) -> (Tensor near, Tensor weight)": nearest_groups,
+    "blend(Tensor y, Tensor near, Tensor weight) -> Tensor": blend,
     "unmerge(Tensor y, Tensor assign) -> Tensor": unmerge,
     "kv_downsample(Tensor x, float alpha, int[2] grid, int factor) -> Tensor": kv_downsample,
     "kv_downsample.Tensor(Tensor x, Tensor alpha, int[2] grid, int factor) -> Tensor": kv_downsample,
@@ -38,9 +40,11 @@ for _schema, _kernel in SCHEMAS.items():
 
 PLANS = frozenset({torch.ops.bigain.merge_plan.default, torch.ops.bigain.pool_plan.default})
 """What decides which tokens go."""
+DECIDING = PLANS | {torch.ops.bigain.nearest_groups.default}
+"""What is worked out from the metric alone, once for each attention."""
 
 __all__ = [
-    "PLANS",
-    "complete_cells", "group_sizes", "kv_downsample", "laplacian_score", "linear_alpha", "merge", "merge_plan", "mlerp",
-    "nearest_tokens", "pool_plan", "random_positions", "row_positions", "unmerge",
+    "DECIDING", "PLANS",
+    "blend", "complete_cells", "group_sizes", "kv_downsample", "laplacian_score", "linear_alpha", "merge", "merge_plan",
+    "mlerp", "nearest_groups", "nearest_tokens", "pool_plan", "random_positions", "row_positions", "unmerge",
 ]  # fmt: skip

@@ -44,3 +44,21 @@ def mlerp(x: Tensor, assign: Tensor, groups: int) -> Tensor:
 def unmerge(y: Tensor, assign: Tensor) -> Tensor:
     """Give each token its group's row: ``y (B, M, C)``, ``assign (B, N)`` int64 -> ``(B, N, C)``, dtype kept."""
     return y.gather(1, assign.unsqueeze(-1).expand(-1, -1, y.shape[-1]))
+
+
+def blend(y: Tensor, near: Tensor, weight: Tensor) -> Tensor:
+    """Give each token a mean of the rows of several groups (``docs/operators.md``, "Unmerge").
+
+    Args:
+        y: ``(B, M, C)`` floating; averaged in float32.
+        near: ``(B, k, N)`` int64 into ``[0, M)``, the groups.
+        weight: ``(B, k - 1, N)`` float32, of all but the first, which takes the rest.
+
+    Returns:
+        ``(B, N, C)`` in ``y``'s dtype.
+    """
+    rows = [unmerge(y, index).float() for index in near.unbind(1)]
+    mean = rows[0]
+    for row, share in zip(rows[1:], weight.unbind(1), strict=True):
+        mean = mean + share.unsqueeze(-1) * (row - rows[0])
+    return mean.to(y.dtype)

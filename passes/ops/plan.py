@@ -8,7 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from bigain_fx.passes.ops.merge import merge
 from bigain_fx.passes.ops.score import cell_tokens, laplacian_score, lowest_scoring
+
+NEAREST, SHARPNESS = 3, 5.0
+"""How many groups are blended, and how fast their weights fall with the similarity."""
 
 
 def merge_plan(
@@ -39,8 +43,7 @@ def merge_plan(
     # A stable sort of the mask lists the sources, then the destinations, each in token order.
     sources, destinations = is_destination.argsort(dim=1, stable=True).tensor_split([tokens - len(members)], 1)
 
-    unit = metric.float()
-    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    unit = _unit(metric.float())
     with _no_autocast(metric.device.type):
         similarity, match = (_rows(unit, sources) @ _rows(unit, destinations).mT).max(-1)
     folded, alone = similarity.argsort(dim=1, descending=True, stable=True).tensor_split([merged], 1)
@@ -76,6 +79,36 @@ def pool_plan(metric: Tensor, grid: Sequence[int], cell: Sequence[int], pooled: 
     group = torch.arange(rep.shape[1], device=metric.device).expand_as(rep)
     assign = torch.zeros_like(is_folded, dtype=torch.int64).scatter(1, rep, group)
     return assign.scatter(1, folded, group[:, :pooled].repeat_interleave(size, 1)), rep
+
+
+def nearest_groups(metric: Tensor, assign: Tensor, rep: Tensor) -> tuple[Tensor, Tensor]:
+    """Which groups a token that merged away resembles most (``docs/operators.md``, "Unmerge").
+
+    Args:
+        metric: ``(B, N, C)`` floating; averaged over each group, and compared in float32 by cosine similarity.
+        assign, rep: the plan, ``(B, N)`` and ``(B, M)`` int64.
+
+    Returns:
+        ``near (B, k, N)`` int64 into ``[0, M)``, the most similar first, ``k = min(3, M)``, and ``weight (B, k - 1,
+        N)`` float32, of all but the first. A token of ``rep`` has its own group, and no weight on another.
+    """
+    (batch, tokens), groups = assign.shape, rep.shape[1]
+    is_rep = torch.zeros_like(assign, dtype=torch.int32).scatter(1, rep, 1)
+    folded = is_rep.argsort(dim=1, stable=True)[:, : tokens - groups]
+    count = min(NEAREST, groups)
+    with _no_autocast(metric.device.type):
+        means = merge(metric.float(), assign, groups)
+        similarity, index = (_unit(_rows(metric.float(), folded)) @ _unit(means).mT).topk(count)
+    weight = (SHARPNESS * similarity).softmax(-1)[..., 1:]
+    where = folded.unsqueeze(1)
+    near = assign.unsqueeze(1).repeat(1, count, 1).scatter(2, where.expand(-1, count, -1), index.mT)
+    none = torch.zeros(batch, count - 1, tokens, device=metric.device)
+    return near, none.scatter(2, where.expand(-1, count - 1, -1), weight.mT)
+
+
+def _unit(tokens: Tensor) -> Tensor:
+    scaled: Tensor = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return scaled
 
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:

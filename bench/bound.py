@@ -59,7 +59,8 @@ def bound_name(methods: Methods) -> str | None:
         if isinstance(method, KVDownsample | ToDo):
             part = f"kv:{method.factor}"
         else:
-            part = f"merge:{method.ratio:g}" + (f":cell={method.cell[0]}x{method.cell[1]}" * (method.cell != (2, 2)))
+            ratio = "/".join(f"{ratio:g}" for ratio in method.ratios)
+            part = f"merge:{ratio}" + (f":cell={method.cell[0]}x{method.cell[1]}" * (method.cell != (2, 2)))
             part += f":{method.scope}" * (method.scope != "attention")
         parts.append(part + f":levels={method.levels or 'all'}" * (method.levels != 1))
     return "bound:" + "+".join(parts) if parts else None

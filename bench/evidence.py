@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import truediv
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -25,8 +27,8 @@ from bigain_fx.embedded.train import save_atomically
 from bigain_fx.evidence import spectrum_report
 from bigain_fx.evidence.evaluate import Settings
 from bigain_fx.evidence.run import evaluate
-from bigain_fx.passes.grammar import parse_list
-from bigain_fx.passes.methods import KVDownsample
+from bigain_fx.passes.grammar import parse, parse_list
+from bigain_fx.passes.methods import KVDownsample, LaplacianMerge, Methods
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "evidence"
@@ -79,6 +81,9 @@ STUDIES = (
 SPECTRA = "tome:0.7,bigain-tm:0.7,block-pool:0.7,todo:2,bigain-td:2:0.9,bigain-td:2:0"
 TIMESTEPS = (100, 500, 900)
 CALIBRATED = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
+RATIOS = tuple(LaplacianMerge(ratio, proportional=True, unmerge="blend") for ratio in (0.5, 0.7))
+CELLS = ((2, 2), (4, 4))
+"""Of which the one with less deviation is taken: larger cells let some attentions merge nearly all."""
 NAMES = (*(study.name for study in STUDIES), "spectrum", "calibration")
 QUICK = tuple(Study(study.name, study.methods, 20, 20) for study in STUDIES)
 
@@ -102,36 +107,55 @@ def run(
         raise typer.BadParameter(f"{', '.join(sorted(unknown))} is none of {', '.join(NAMES)}", param_hint="--studies")
     out.mkdir(parents=True, exist_ok=True)
     for model in models.split(","):
+        images = 2 if quick else 16
+        file = out / f"{model}-calibration.json"
+        if "calibration" in wanted or not file.is_file():
+            calibrate(model, images, file)
         for study in QUICK if quick else STUDIES:
             if study.name not in wanted:
                 continue
             Console().print(f"{model}: {study.name}")
             evaluate(
-                model, parse_list(study.methods), out, name=f"{model}-{study.name}", work=work / model,
-                images=study.images, generate=study.generated, settings=settings, timed=timed and study.name == "main",
-                backend="eager" if quick else "inductor",
+                model, methods_of(study, json.loads(file.read_text())), out, name=f"{model}-{study.name}",
+                work=work / model, images=study.images, generate=study.generated, settings=settings,
+                timed=timed and study.name == "main", backend="eager" if quick else "inductor",
             )  # fmt: skip
-        images = 2 if quick else 16
         if "spectrum" in wanted:
             folder = out / f"{model}-spectrum"
             spectrum_report.run(model, parse_list(SPECTRA), TIMESTEPS, images=images, seed=0, out=folder)
-        if "calibration" in wanted:
-            calibrate(model, images, out / f"{model}-calibration.json")
     write(results(out), out, document)
 
 
+def methods_of(study: Study, calibration: Mapping[str, Any]) -> dict[str, Methods]:
+    """The methods of ``study`` by text; what is calibrated follows what it is calibrated from."""
+    found: dict[str, Methods] = {}
+    for text, methods in parse_list(study.methods).items():
+        found[text] = methods
+        if text in calibration["merging"]:
+            found[f"calibrated {text.removesuffix(BETTER)}"] = parse(calibration["merging"][text]["method"])
+    return found
+
+
 def calibrate(model: str, images: int, file: Path) -> None:
-    """Write which alpha deviates least on ``images`` training images, at each of :data:`CALIBRATED`."""
+    """Write the alphas and the ratios that deviate least on ``images`` training images, at :data:`CALIBRATED` steps."""
     bundle, data = embedded.load(model), data_set(model.split("-")[0])
     drawn = Images(*data.draw(images, torch.Generator().manual_seed(0)))
     calls = [spectrum_report.noised_call(bundle, drawn, step, step) for step in CALIBRATED]
-    factors = {}
+    factors, merging = {}, {}
     for factor in (2, 4):
         line = bgx.calibrate(bundle.model, calls, method=KVDownsample(factor))
         constant = bgx.calibrate(bundle.model, calls, method=KVDownsample(factor), schedule=False)
         methods = {"schedule": str(line.method), "constant": str(constant.method)}
         factors[str(factor)] = methods | {name: getattr(line, name) for name in ("timesteps", "best", "deviation")}
-    result = {"model": model, "images": images, "torch": torch.__version__, "factors": factors}
+    for method in RATIOS:
+        cells = [bgx.calibrate(bundle.model, calls, method=replace(method, cell=cell)) for cell in CELLS]
+        relative = [fmean(map(truediv, each.deviation, cells[0].given)) for each in cells]
+        best = cells[relative.index(min(relative))]
+        found = {"relative": relative, "ratios": best.ratios, "tried": best.tried}
+        merging[str(method)] = {"method": str(best.method), **found}
+    result = {
+        "model": model, "images": images, "torch": torch.__version__, "factors": factors, "merging": merging,
+    }  # fmt: skip
     save_atomically(lambda path: path.write_text(json.dumps(result, indent=1) + "\n"), file)
 
 

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bigain_fx.calibration import Calibration, calibrate
+    from bigain_fx.calibration import AlphaCalibration, RatioCalibration, calibrate
     from bigain_fx.classify import Classification, DiffusionClassifier
     from bigain_fx.denoiser import OptimizedDenoiser, inspect, optimize
     from bigain_fx.deploy import ExportRecord, export_onnx, export_package
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "bigain_fx.calibration": ("Calibration", "calibrate"),
+    "bigain_fx.calibration": ("AlphaCalibration", "RatioCalibration", "calibrate"),
     "bigain_fx.classify": ("Classification", "DiffusionClassifier"),
     "bigain_fx.denoiser": ("OptimizedDenoiser", "inspect", "optimize"),
     "bigain_fx.deploy": ("ExportRecord", "export_onnx", "export_package"),
@@ -40,9 +40,10 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "BigainError", "BlockPool", "Calibration", "CaptureError", "Classification", "DiffusionClassifier",
+    "AlphaCalibration", "BigainError", "BlockPool", "CaptureError", "Classification", "DiffusionClassifier",
     "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha",
-    "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "Report", "RewriteError", "ToDo", "ToMe",
+    "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "RatioCalibration", "Report", "RewriteError",
+    "ToDo", "ToMe",
     "calibrate", "export_onnx", "export_package", "inspect", "load_package", "optimize",
 ]  # fmt: skip
 

@@ -269,7 +269,7 @@ def optimize(
         InputError: ``model`` is no module, in train mode, compiled, optimized or hooked, or the inputs do not suit it.
         CaptureError: ``torch.export`` cannot capture it.
         GridError: ``grid`` does not fit.
-        RewriteError: an alpha schedule, and no timestep input.
+        RewriteError: an alpha schedule, and no timestep input; ratios that are more or fewer than attentions.
     """
     methods = normalize(method)
     if not isinstance(model, nn.Module):

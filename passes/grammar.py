@@ -1,7 +1,7 @@
 """One text grammar names the methods on every command line and in every table.
 
 ``dense``, ``tome:0.7``, ``bigain-tm:0.7``, ``bigain-tm:0.7:block``, ``block-pool:0.5``, ``todo:2``, ``bigain-td:2``,
-``bigain-td:2:0.9``, ``bigain-td:2:0.8..1.2``. Any other field is set by name, as in
+``bigain-td:2:0.9``, ``bigain-td:2:0.8..1.2``, ``bigain-tm:0.2/0.75/0.5``. Any other field is set by name, as in
 ``bigain-tm:0.7:cell=3x3:levels=all``; ``+`` joins a merge with a downsampling, ``,`` lists. Methods print so too.
 """
 
@@ -78,6 +78,8 @@ def _value(field: str, text: str) -> Any:
         case "alpha" if ".." in text:
             noisy, clean = text.split("..")
             return LinearAlpha(float(noisy), float(clean))
+        case "ratio" if "/" in text:
+            return tuple(float(ratio) for ratio in text.split("/"))
         case "ratio" | "alpha":
             return float(text)
         case "factor" | "seed":

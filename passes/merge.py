@@ -36,8 +36,9 @@ bigain = torch.ops.bigain
 
 
 def tokens_after(site: AttentionSite, method: MergeMethod) -> int:
-    """Tokens that are left: ``N - min(int(N * ratio), sources)``; pooling takes whole cells."""
-    cells, folded = math.prod(complete_cells(site.grid, method.cell)), int(site.tokens * method.ratio)
+    """Tokens that are left: ``N - min(int(N * ratio), sources)``; pooling takes whole cells. One ratio is given."""
+    (ratio,) = method.ratios
+    cells, folded = math.prod(complete_cells(site.grid, method.cell)), int(site.tokens * ratio)
     if isinstance(method, BlockPool):
         each = math.prod(method.cell) - 1
         return site.tokens - min(folded // each, cells) * each
@@ -49,7 +50,7 @@ def refuse(site: AttentionSite, method: MergeMethod) -> str | None:
     if 0 in complete_cells(site.grid, method.cell):
         return f"cell {method.cell} is larger than the grid {site.grid}"
     if tokens_after(site, method) == site.tokens:
-        return f"ratio {method.ratio:g} of {site.tokens} tokens merges none"
+        return f"ratio {method.ratios[0]:g} of {site.tokens} tokens merges none"
     if method.metric == "stream" and site.above is None:
         return "metric 'stream': no norm is found above its input"
     if method.proportional and mask_of(site.sdpa) is not None:

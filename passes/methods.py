@@ -64,7 +64,7 @@ class _Merge:
 
     kind: ClassVar[str] = MERGE
     name: ClassVar[str]
-    ratio: float = 0.7
+    ratio: float | tuple[float, ...] = 0.7
     cell: tuple[int, int] = (2, 2)
     levels: int | None = 1
     scope: str = "attention"
@@ -87,18 +87,26 @@ class _Merge:
         ):
             raise MethodError(f"cell={self.cell!r} must be two positive integers (rows, columns), two tokens or more")
         cap = 1 - 1 / math.prod(self.cell)
-        _number("ratio", self.ratio)
-        if not 0 <= self.ratio <= cap:
-            raise MethodError(f"ratio={self.ratio!r} must be between 0 and {cap:g} for cell={self.cell}")
+        if not self.ratios:
+            raise MethodError("ratio=() must be a number, or one for each attention")
+        for ratio in self.ratios:
+            _number("ratio", ratio)
+            if not 0 <= ratio <= cap:
+                raise MethodError(f"ratio={ratio!r} must be between 0 and {cap:g} for cell={self.cell}")
         _check_levels(self.levels)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The ratio of each attention, or the one ratio of all."""
+        return self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
 
     @property
     def idle(self) -> bool:
         """Whether it changes nothing, whatever the graph."""
-        return self.ratio == 0
+        return not any(self.ratios)
 
     def __str__(self) -> str:
-        return _text(self, f"{self.ratio:g}")
+        return _text(self, "/".join(f"{ratio:g}" for ratio in self.ratios))
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,8 @@ class LaplacianMerge(_Merge):
     """BiGain-TM: the token of lowest Laplacian score in each cell takes in its most similar sources (paper, L-GTM).
 
     Attributes:
-        ratio: share of the tokens that merge away, from 0 to ``1 - 1 / (rows * columns)``.
+        ratio: share of the tokens that merge away, from 0 to ``1 - 1 / (rows * columns)``; or one for each
+            self-attention on the grids of ``levels``, in the order in which they run (:func:`bigain_fx.calibrate`).
         cell: (rows, columns) of tokens that elect one destination.
         levels: how many of the finest image grids to merge on; None is all of them.
         scope: ``"attention"`` (the paper), or ``"block"``: every branch of the residual stream from one self-attention

@@ -6,9 +6,9 @@ import copy
 import gc
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from types import ModuleType
 
@@ -19,6 +19,7 @@ from bigain_fx.passes.arguments import SDPA
 from bigain_fx.passes.axes import Refusal, shape_of
 from bigain_fx.passes.blocks import with_blocks
 from bigain_fx.passes.canonical import canonicalize
+from bigain_fx.passes.errors import RewriteError
 from bigain_fx.passes.flops import flops
 from bigain_fx.passes.grid import Grid, check_form, check_hint
 from bigain_fx.passes.methods import KV, MERGE, MergeMethod, Method, Methods
@@ -41,6 +42,7 @@ class SiteRecord:
         tokens: its image tokens; the rows of its queries where it is kept and they are not known.
         tokens_after: tokens it works on now: the merged ones, or the keys and values where only those fell.
         grid: ``(h, w)`` of its tokens, None where unknown.
+        level: which of the grids that is, the finest being 1; None where unknown.
         flops, flops_after: of its projections and attention, the plan included.
     """
 
@@ -50,6 +52,7 @@ class SiteRecord:
     tokens: int
     tokens_after: int
     grid: Grid | None
+    level: int | None
     flops: int
     flops_after: int
 
@@ -74,7 +77,7 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
 
     Raises:
         GridError: a hint that contradicts the graph or fits no attention.
-        RewriteError: an alpha schedule without a timestep input.
+        RewriteError: an alpha schedule without a timestep input, or ratios that are more or fewer than attentions.
     """
     check_form(grid)
     with _uncollected():
@@ -109,22 +112,25 @@ def _rewrite(module: GraphModule, methods: Methods, grid: Grid | None) -> Rewrit
 
     names = [module_name(node) for node, _ in found]
     rows = [site.tokens if isinstance(site, AttentionSite) else _rows(node) for node, site in found]
+    each = {method.kind: _for_each(method, sites, finest) for method in methods}
     before, flops_before = _module_flops(result.graph), flops(result.graph.nodes)
     outcomes: list[tuple[str, str, int]] = []
     # The last first: what a site reads is then still what it was found to read.
-    for (_, site), tokens in reversed(list(zip(found, rows, strict=True))):
+    for (node, site), tokens in reversed(list(zip(found, rows, strict=True))):
         if isinstance(site, Refusal):
             outcomes.append(("kept", f"{site.reason} (at {site.node})", tokens))
         else:
-            outcomes.append(_rewrite_site(surgeon, site, finest.index(site.grid), methods))
+            chosen = [each[method.kind].get(node, method) for method in methods]
+            outcomes.append(_rewrite_site(surgeon, site, finest.index(site.grid), chosen))
     outcomes.reverse()
     surgeon.finish()
     after = _module_flops(result.graph)
     uses = Counter(names)
+    grids = [site.grid if isinstance(site, AttentionSite) else None for _, site in found]
     records = tuple(
-        SiteRecord(name, action, reason, tokens, left, site.grid if isinstance(site, AttentionSite) else None,
+        SiteRecord(name, action, reason, tokens, left, place, finest.index(place) + 1 if place else None,
                    before[name] // uses[name], after[name] // uses[name])
-        for name, (action, reason, left), tokens, (_, site) in zip(names, outcomes, rows, found, strict=True)
+        for name, (action, reason, left), tokens, place in zip(names, outcomes, rows, grids, strict=True)
     )  # fmt: skip
     return Rewritten(result, records, flops_before, flops(result.graph.nodes))
 
@@ -135,7 +141,24 @@ def _rows(attention: Node) -> int:
     return shape_of(queries)[-2] if attention.target is SDPA else max(shape_of(queries)[-2:], default=0)
 
 
-def _rewrite_site(surgeon: Surgeon, site: AttentionSite, level: int, methods: Methods) -> tuple[str, str, int]:
+def _for_each(method: Method, sites: Sequence[AttentionSite], finest: Sequence[Grid]) -> dict[Node, Method]:
+    """``method`` as it is at the attentions of its levels.
+
+    Raises:
+        RewriteError: it has a ratio for each attention, and there are more or fewer.
+    """
+    mine = sorted(site.sdpa for site in sites if not _out_of_level(method, finest.index(site.grid)))
+    if not isinstance(method, MergeMethod) or not isinstance(method.ratio, tuple):
+        return dict.fromkeys(mine, method)
+    if len(method.ratio) != len(mine):
+        raise RewriteError(
+            f"ratio={method.ratio!r} has {len(method.ratio)} numbers, and the graph {len(mine)} self-attentions on the "
+            f"grids of levels={method.levels}"
+        )
+    return {node: replace(method, ratio=ratio) for node, ratio in zip(mine, method.ratio, strict=True)}
+
+
+def _rewrite_site(surgeon: Surgeon, site: AttentionSite, level: int, methods: Sequence[Method]) -> tuple[str, str, int]:
     """Apply every method that fits; return the action, the reasons of those that do not, and the tokens left."""
     reasons: list[str] = [] if methods else ["no method"]
     chosen: dict[str, Method] = {}

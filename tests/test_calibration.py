@@ -1,7 +1,8 @@
-"""Calibration finds the alpha of least deviation, by brute force here."""
+"""Calibration finds the alpha, and the ratios, of least deviation: by brute force here."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import nn
 
 import bigain_fx as bgx
-from bigain_fx.calibration import ALPHAS, _line, _lowest
+from bigain_fx.calibration.alpha import ALPHAS, _line, _lowest
+from bigain_fx.calibration.ratio import TRIED, _between, _parabolas, allocate
+from bigain_fx.passes.methods import Methods
 from tests.test_sample import _one_thread, tiny  # noqa: F401
 
 STEPS = (50, 350, 650, 950)
@@ -27,7 +30,11 @@ def calls(steps: tuple[int, ...] = STEPS) -> list[dict[str, Any]]:
 
 
 def deviation(model: nn.Module, call: dict[str, Any], alpha: float) -> float:
-    fast = bgx.optimize(model, method=bgx.KVDownsample(2, alpha), backend="eager")
+    return deviation_of(model, call, (bgx.KVDownsample(2, alpha),))
+
+
+def deviation_of(model: nn.Module, call: dict[str, Any], methods: Methods) -> float:
+    fast = bgx.optimize(model, method=methods, backend="eager")
     with torch.no_grad():
         given = {**call, "return_dict": False}
         return float((fast(**given)[0] - model(**given)[0]).square().mean())
@@ -78,10 +85,77 @@ def test_a_curve_without_a_minimum_stays_within_what_was_tried() -> None:
     assert torch.isfinite(deviation).all()
 
 
+def gflops(model: nn.Module, method: Any) -> float:
+    return bgx.inspect(model, (), calls()[0], method=method).flops_after
+
+
+@pytest.mark.parametrize("method", [bgx.LaplacianMerge(0.5), bgx.ToMe(0.5, proportional=True, unmerge="blend")])
+def test_ratios_lose_less_for_no_more_work(method: Any) -> None:
+    """The second of three blocks adds next to nothing of its attention to the stream, and merges most."""
+    torch.manual_seed(1)
+    model = tiny(layers=3).model
+    model.transformer_blocks[1].attn1.to_out[0].weight.mul_(1e-3)
+    found = bgx.calibrate(model, calls(), method=method)
+    assert found.timesteps == STEPS
+    assert found.ratios == pytest.approx((0.25, 0.5, 0.75))
+    ratios = found.method.ratio
+    assert isinstance(ratios, tuple)
+    assert len(ratios) == 3
+    assert gflops(model, found.method) <= gflops(model, method)
+    given = [deviation_of(model, call, (method,)) for call in calls()]
+    calibrated = [deviation_of(model, call, (found.method,)) for call in calls()]
+    assert found.given == pytest.approx(given, rel=1e-3)
+    assert found.deviation == pytest.approx(calibrated, rel=1e-3)
+    relative = [after / before for after, before in zip(calibrated, given, strict=True)]
+    assert sum(relative) < len(STEPS)
+    assert ratios[1] == 0.75
+    assert min(ratios) < method.ratio
+    alone = replace(method, ratio=(0.0, 0.0, 0.5))
+    lost = [deviation_of(model, call, (alone,)) / before for call, before in zip(calls(), given, strict=True)]
+    assert found.tried[2][1] == pytest.approx(sum(lost) / len(lost), rel=1e-3)
+
+
+def test_the_method_stays_where_no_ratios_do_better() -> None:
+    torch.manual_seed(0)
+    found = bgx.calibrate(tiny().model, calls(), method=bgx.LaplacianMerge(0.75))
+    assert found.method == bgx.LaplacianMerge(0.75)
+    assert found.deviation == found.given
+
+
+def test_a_ratio_for_each_attention_is_checked() -> None:
+    with pytest.raises(bgx.RewriteError, match=r"ratio=\(0.5, 0.5\) has 2 numbers, and the graph 1 self-attentions"):
+        bgx.inspect(tiny().model, (), calls()[0], method=bgx.LaplacianMerge((0.5, 0.5)))
+
+
+@pytest.mark.parametrize(("target", "chosen"), [(0, [0, 0]), (1, [0, 1]), (10, [0, 1]), (11, [0, 3]), (31, [3, 3])])
+def test_the_flattest_pieces_are_taken_first(target: float, chosen: list[int]) -> None:
+    """The first attention loses 1 for each unit saved, the second a tenth, then (its middle lies above) six tenths."""
+    lost = torch.tensor([[5.0, 10, 15], [1, 9, 7]], dtype=torch.float64)
+    saved = torch.tensor([[5.0, 10, 15], [10, 15, 20]], dtype=torch.float64)
+    assert allocate(lost, saved, target) == chosen
+
+
+def test_what_saves_nothing_is_never_chosen() -> None:
+    lost, saved = torch.tensor([[0.0, 1, 2]]).double(), torch.tensor([[-4.0, 0, 6]]).double()
+    assert allocate(lost, saved, 1) == [3]
+    assert allocate(lost, -saved.abs(), 1) == [0]
+
+
+def test_losses_are_lines_and_savings_parabolas_in_between() -> None:
+    tried = torch.tensor([0.75 * share for share in TRIED], dtype=torch.float64)
+    fine = torch.tensor([0.125, 0.25, 0.375, 0.7, 0.75], dtype=torch.float64)
+    lost = torch.tensor([[4.0, 10, 12]], dtype=torch.float64)
+    expected = torch.tensor([[2.0, 4, 7, 11.6, 12]], dtype=torch.float64)
+    torch.testing.assert_close(_between(tried, lost, fine), expected)
+    saved = 7 * (1 - (1 - tried) ** 2) + 3 * tried - 2
+    expected = 7 * (1 - (1 - fine) ** 2) + 3 * fine - 2
+    torch.testing.assert_close(_parabolas(tried, saved[None], fine), expected[None])
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"calls": []}, r"calls have the timesteps \[\]; give two or more"),
+        ({"calls": []}, "calls is empty; give the arguments of some calls"),
         ({"calls": calls((5,))}, r"calls have the timesteps \[5.0\]; give two or more, one without a schedule"),
         (
             {"calls": [{"hidden_states": torch.zeros(1)}]},
@@ -89,6 +163,15 @@ def test_a_curve_without_a_minimum_stays_within_what_was_tried() -> None:
         ),
         ({"calls": [{"timestep": torch.tensor([1, 2])}]}, r"a call has the timesteps \[1.0, 2.0\]; give one"),
         ({"method": bgx.KVDownsample(3)}, "method rewrites no attention of DiTTransformer2DModel"),
+        ({"method": bgx.ToDo(2)}, r"method=ToDo\(factor=2, levels=1\) has neither an alpha nor a ratio"),
+        ({"method": bgx.ToMe(0)}, "method='tome:0' rewrites no attention of DiTTransformer2DModel, or changes nothing"),
+        (
+            {
+                "method": bgx.ToMe(0.5),
+                "calls": [*calls((5,)), {**calls((9,))[0], "hidden_states": torch.ones(1, 1, 8, 8)}],
+            },
+            "calls differ in more than values; give all of them the same shapes",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(changed: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,18 @@ def test_methods_are_compared_with_the_baseline_of_equal_compression() -> None:
         "bigain-tm:0.5": "dense", "todo:2": "dense", "bigain-td:2:0.5": "todo:2",
         "bigain-tm:0.7+bigain-td:2": "dense",
     }  # fmt: skip
+
+
+def test_uneven_ratios_are_compared_with_the_baseline_of_nearest_work() -> None:
+    gflops = {
+        "dense": 4.0, "tome:0.5": 2.15, "tome:0.7": 1.95, "tome:0.7:block": 2.0, "bigain-tm:0.75/0.5": 2.04,
+        "bigain-tm:0.75/0.5:levels=2": 2.0, "bigain-tm:0/0.75": 3.0, "bigain-tm:0.6": 2.0,
+    }  # fmt: skip
+    methods = parse_list(",".join(gflops))
+    measured = {text: replace(result(text, [True, False]), gflops=work) for text, work in gflops.items()}
+    against = {row.method: row.against for row in summary.rows(measured, methods, [(0,)] * 2, {}, {})}
+    assert against.pop("bigain-tm:0.75/0.5") == "tome:0.7"
+    assert set(against.values()) == {None, "dense"}
 
 
 def test_a_row_by_hand() -> None:

@@ -62,12 +62,14 @@ def test_spectra_and_calibrations_are_tables() -> None:
     curves = {"retention": [[1, 1, 0.5, 0.7]], "deviation": [[0, 0, 1.0, 1.5]], "timesteps": [100]}
     spectrum = {"model": "photo-dit", "methods": {"todo:2": {"frequencies": frequencies, **curves}}}
     item = {"schedule": "bigain-td:2:0.1..0.2", "constant": "bigain-td:2:0.15", "timesteps": [50.0], "best": [0.123]}
-    calibration = {"model": "photo-dit", "factors": {"2": item}}
+    merging = {"bigain-tm:0.5": {"method": "bigain-tm:0.25/0.75:cell=4x4", "relative": [0.6, 0.456]}}
+    calibration = {"model": "photo-dit", "factors": {"2": item}, "merging": merging}
     found = {"photo-dit-spectrum": spectrum, "photo-dit-calibration": calibration}
     text = evidence_document.text(found, Path("figures"))
     assert "| `todo:2` | 0.60, 1.25 |" in text
     assert "figures/photo-dit-spectrum/spectrum.png" in text
     assert "| photo-dit | 2 | `bigain-td:2:0.1..0.2` | `bigain-td:2:0.15` | 0.12 |" in text
+    assert "| photo-dit | `bigain-tm:0.5` | `bigain-tm:0.25/0.75:cell=4x4` | 0.46 |" in text
 
 
 @pytest.mark.parametrize("study", evidence.STUDIES, ids=lambda study: study.name)
@@ -95,7 +97,10 @@ def test_a_quick_run_of_the_evidence(tmp_path: Path) -> None:
     assert not done.value.code
     for model in ("mnist-dit", "photo-dit"):
         rows = json.loads((tmp_path / f"{model}-main.json").read_text())["rows"]
-        assert [found["method"] for found in rows] == list(parse_list(evidence.STUDIES[0].methods))
+        given = list(parse_list(evidence.STUDIES[0].methods))
+        better = given.index(f"bigain-tm:0.7{evidence.BETTER}") + 1
+        assert [found["method"] for found in rows] == [*given[:better], "calibrated bigain-tm:0.7", *given[better:]]
+        assert rows[better]["gflops"] <= rows[better - 1]["gflops"]
         assert all(found["fid"] > 0 for found in rows)
     assert (tmp_path / "overview.png").stat().st_size > 10_000
     text = (tmp_path / "evidence.md").read_text()

@@ -25,11 +25,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def tiny(prediction: str = "epsilon", out_channels: int = 1, size: int = 8, classes: int = 3) -> ClassConditional:
-    """A DiT of one block and random weights."""
+def tiny(
+    prediction: str = "epsilon", out_channels: int = 1, size: int = 8, classes: int = 3, layers: int = 1
+) -> ClassConditional:
+    """A DiT of one block, or more, and random weights."""
     model = DiTTransformer2DModel(
-        sample_size=size, in_channels=1, out_channels=out_channels, patch_size=2, num_layers=1, num_attention_heads=2,
-        attention_head_dim=8, num_embeds_ada_norm=classes,
+        sample_size=size, in_channels=1, out_channels=out_channels, patch_size=2, num_layers=layers,
+        num_attention_heads=2, attention_head_dim=8, num_embeds_ada_norm=classes,
     )  # fmt: skip
     scheduler = DDIMScheduler(prediction_type=prediction)
     return ClassConditional("tiny", model.eval().requires_grad_(False), scheduler, (1, size, size), classes)

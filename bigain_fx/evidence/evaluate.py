@@ -121,8 +121,8 @@ class Evaluation:
         """Classify the first ``images`` images and generate ``generate`` by one method, or read what is there.
 
         Args:
-            text: the method's name in the folder.
-            methods: what is done to the denoiser; none of them is dense.
+            text: names the result.
+            methods: what is done to the denoiser; none of them is dense. Their own text names what is on disk.
             images, generate: how many.
             backend: as of :func:`bigain_fx.optimize`.
             progress: called with the number of images done, after each chunk.
@@ -130,9 +130,10 @@ class Evaluation:
         if not 1 <= images <= self.samples.count:
             raise InputError(f"images={images!r} must be between 1 and the {self.samples.count} of {self.samples.name}")
         fast = _Lazily(partial(optimize, self.bundle.model, method=methods, backend=backend))
-        classified = list(self._chunks(text, "classify", images, partial(self._classify, fast), progress))
-        pictures = list(self._chunks(text, "generate", generate, partial(self._generate, fast), progress))
-        probe = self._load(text, "probe", partial(self._probe, fast))
+        name = "+".join(map(str, methods)) or "dense"
+        classified = list(self._chunks(name, "classify", images, partial(self._classify, fast), progress))
+        pictures = list(self._chunks(name, "generate", generate, partial(self._generate, fast), progress))
+        probe = self._load(name, "probe", partial(self._probe, fast))
         errors, pairs, calls = (torch.cat([chunk[key] for chunk in classified]) for key in ("errors", "pairs", "calls"))
         return Measured(
             text, Classification(errors, pairs, int(calls.sum())),
@@ -182,16 +183,16 @@ class Evaluation:
         return images if self.subject.encode is None else self.subject.encode(images)
 
     def _chunks(
-        self, text: str, kind: str, count: int, make: Callable[[int, int], dict[str, Tensor]], progress: Any
+        self, method: str, kind: str, count: int, make: Callable[[int, int], dict[str, Tensor]], progress: Any
     ) -> Iterator[dict[str, Tensor]]:
         for start in range(0, count, CHUNK):
             stop = min(start + CHUNK, count)
-            yield self._load(text, f"{kind}-{start:06}-{stop:06}", partial(make, start, stop))
+            yield self._load(method, f"{kind}-{start:06}-{stop:06}", partial(make, start, stop))
             if progress is not None:
                 progress(stop - start)
 
-    def _load(self, text: str, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        path = self.folder / re.sub(r"[^\w.+=-]", "_", text) / f"{name}.safetensors"
+    def _load(self, method: str, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        path = self.folder / re.sub(r"[^\w.+=-]", "_", method) / f"{name}.safetensors"
         if not path.exists():
             tensors = {key: value.contiguous() for key, value in make().items()}
             path.parent.mkdir(parents=True, exist_ok=True)

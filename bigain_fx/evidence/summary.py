@@ -19,6 +19,9 @@ from bigain_fx.passes.methods import KV, MERGE, Methods, ToDo, ToMe
 COLUMNS = (
     "method", "accuracy, %", "against", "points", "p", "agreement, %", "FID", "deviation, dB", "GFLOPs", "ms a call",
 )  # fmt: skip
+SIZES = {MERGE: ("ratio", "cell"), KV: ("factor",)}
+LIKE = 0.05
+"""How far apart the work of two methods may be, relatively, to be compared as equal compression."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def rows(
     for text, item in measured.items():
         correct, n = int(right[text].sum()), len(right[text])
         low, high = wilson(correct, n)
-        other = _baseline(text, methods) or (dense if text != dense else None)
+        other = _baseline(text, methods, measured) or (dense if text != dense else None)
         gain = right[text].double() - right[other].double() if other else None
         gain_low, gain_high = bootstrap(gain) if gain is not None else (None, None)
         apart = dense is not None and text != dense
@@ -108,20 +111,34 @@ def _right(item: Measured, labels: Sequence[tuple[int, ...]]) -> Tensor:
     return torch.tensor([found in labels[index] for index, found in enumerate(predicted)])
 
 
-def _baseline(text: str, methods: Mapping[str, Methods]) -> str | None:
-    """ToMe or ToDo with the same compression, if it was measured too and ``text`` is not a baseline itself."""
+def _baseline(text: str, methods: Mapping[str, Methods], measured: Mapping[str, Measured]) -> str | None:
+    """ToMe or ToDo with the same compression, if it was measured too and ``text`` is not a baseline itself.
+
+    With a ratio for each attention that is the one of nearest work, if within :data:`LIKE`.
+    """
     mine = methods[text]
     if not mine or any(isinstance(method, ToMe | ToDo) for method in mine):
         return None
-    for other, theirs in methods.items():
-        if theirs and all(isinstance(method, ToMe | ToDo) for method in theirs) and _size(theirs) == _size(mine):
-            return other
-    return None
+    others = [
+        other for other, theirs in methods.items()
+        if theirs and all(isinstance(method, ToMe | ToDo) for method in theirs) and _where(theirs) == _where(mine)
+    ]  # fmt: skip
+    same = [other for other in others if _size(methods[other]) == _size(mine)]
+    apart = {other: abs(measured[other].gflops / measured[text].gflops - 1) for other in others}
+    near = [other for other in sorted(others, key=apart.__getitem__) if apart[other] <= LIKE and _uneven(mine)]
+    return next(iter(same + near), None)
+
+
+def _where(methods: Methods) -> list[tuple[Any, ...]]:
+    return [(method.kind, method.levels, getattr(method, "scope", None)) for method in methods]
 
 
 def _size(methods: Methods) -> list[tuple[Any, ...]]:
-    fields = {MERGE: ("ratio", "cell", "levels", "scope"), KV: ("factor", "levels")}
-    return [(method.kind, *(getattr(method, name) for name in fields[method.kind])) for method in methods]
+    return [tuple(getattr(method, name) for name in SIZES[method.kind]) for method in methods]
+
+
+def _uneven(methods: Methods) -> bool:
+    return any(isinstance(getattr(method, "ratio", None), tuple) for method in methods)
 
 
 def _mean_average_precision(item: Measured, labels: Sequence[tuple[int, ...]]) -> float | None:

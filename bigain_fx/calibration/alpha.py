@@ -6,17 +6,17 @@ on the model and on the noise; a few calls tell (``docs/operators.md``, "Calibra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bigain_fx.calibration.calls import Call, output_of, step_of
 from bigain_fx.denoiser import optimize
 from bigain_fx.families import GridHint, timestep_units
 from bigain_fx.passes.errors import InputError
-from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.passes.methods import KVDownsample, LinearAlpha
 
 ALPHAS = (-0.5, 0.0, 0.5, 1.0, 1.5)
@@ -24,11 +24,11 @@ ALPHAS = (-0.5, 0.0, 0.5, 1.0, 1.5)
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What :func:`calibrate` found.
+class AlphaCalibration:
+    """The alpha that fits best.
 
     Attributes:
-        method: with the alpha that fits best.
+        method: with that alpha.
         timesteps: of the calls, ascending.
         best: alpha of least deviation at each of them.
         deviation: mean squared deviation from the dense output at each of them, with that alpha.
@@ -44,43 +44,25 @@ class Calibration:
     tried: tuple[tuple[float, ...], ...]
 
 
-def calibrate(
-    model: nn.Module,
-    calls: Iterable[Mapping[str, Any]],
-    *,
-    method: KVDownsample,
-    schedule: bool = True,
-    grid: GridHint = None,
-) -> Calibration:
-    """Choose alpha so that the output of ``model`` deviates least from the dense one.
+def fit(
+    model: nn.Module, calls: Sequence[Call], method: KVDownsample, *, schedule: bool, grid: GridHint
+) -> AlphaCalibration:
+    """See :func:`bigain_fx.calibrate`.
 
     Around its minimum the squared deviation is nearly a parabola of alpha: one is put through the three best points
     of each timestep, and through their minima a line over the timesteps, or one number. A timestep counts by how much
     is lost beside its minimum, relative to that.
-
-    Args:
-        model, grid: as for :func:`bigain_fx.optimize`.
-        calls: keyword arguments of some calls, on images from the training data, noised: one timestep a call, several
-            of them over the whole range.
-        method: whose alpha is replaced.
-        schedule: find a :class:`LinearAlpha`; else a number.
-
-    Raises:
-        InputError: no call, one without a timestep or with several, or a schedule from one timestep; ``method``
-            rewrites no attention.
-        BigainError: as for :func:`bigain_fx.optimize`.
     """
-    given = [dict(call) for call in calls]
-    steps = [_timestep(call) for call in given]
-    if not given or (schedule and len(set(steps)) < 2):
+    steps = [step_of(call) for call in calls]
+    if schedule and len(set(steps)) < 2:
         raise InputError(f"calls have the timesteps {sorted(set(steps))}; give two or more, one without a schedule")
     fast = optimize(model, method=replace(method, alpha=ALPHAS[0]), backend="eager", grid=grid)
     squared: dict[float, Tensor] = {}
     with torch.no_grad():
-        for step, call in zip(steps, given, strict=True):
-            dense = _output(model, call)
+        for step, call in zip(steps, calls, strict=True):
+            dense = output_of(model, call)
             found = torch.stack(
-                [(_output(_with_alpha(fast, call, alpha), call) - dense).square().mean() for alpha in ALPHAS]
+                [(output_of(_with_alpha(fast, call, alpha), call) - dense).square().mean() for alpha in ALPHAS]
             )
             squared[step] = squared.get(step, torch.zeros(len(ALPHAS), dtype=torch.float64)) + found.double().cpu()
     timesteps = tuple(sorted(squared))
@@ -91,7 +73,7 @@ def calibrate(
     if schedule:
         noisy, clean = timestep_units(model) or (timesteps[-1], timesteps[0])
         alpha = _line(torch.tensor(timesteps, dtype=torch.float64), best, weight, noisy, clean)
-    return Calibration(
+    return AlphaCalibration(
         replace(method, alpha=alpha), timesteps, tuple(best.tolist()), tuple(deviation.tolist()), ALPHAS,
         tuple(map(tuple, curves.tolist())),
     )  # fmt: skip
@@ -116,17 +98,7 @@ def _line(timesteps: Tensor, best: Tensor, weight: Tensor, noisy: float, clean: 
     return LinearAlpha(round(ends[0], 3), round(ends[1], 3), noisy, clean)
 
 
-def _timestep(call: Mapping[str, Any]) -> float:
-    value = next((call[name] for name in TIMESTEP_INPUTS if name in call), None)
-    if value is None:
-        raise InputError(f"a call has no {' or '.join(TIMESTEP_INPUTS)} among {', '.join(call)}")
-    distinct = torch.as_tensor(value).double().unique().tolist()
-    if len(distinct) != 1:
-        raise InputError(f"a call has the timesteps {distinct[:5]}; give one for all of its samples")
-    return float(distinct[0])
-
-
-def _with_alpha(fast: Any, call: Mapping[str, Any], alpha: float) -> Any:
+def _with_alpha(fast: Any, call: Call, alpha: float) -> Any:
     """``fast``, its literal alpha replaced."""
     module = fast.prepare(**call).graph
     nodes = [node for node in module.graph.nodes if node.target is torch.ops.bigain.kv_downsample.default]
@@ -138,8 +110,3 @@ def _with_alpha(fast: Any, call: Mapping[str, Any], alpha: float) -> Any:
         node.update_arg(1, alpha)
     module.recompile()
     return fast
-
-
-def _output(denoiser: Any, call: Mapping[str, Any]) -> Tensor:
-    output: Tensor = denoiser(**{**call, "return_dict": False})[0]
-    return output.float()

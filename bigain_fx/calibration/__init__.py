@@ -1,0 +1,61 @@
+"""What a method leaves open, measured on the model: alpha of a downsampling, the ratio of every merged attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import overload
+
+from torch import nn
+
+from bigain_fx.calibration import alpha, ratio
+from bigain_fx.calibration.alpha import AlphaCalibration
+from bigain_fx.calibration.calls import Call
+from bigain_fx.calibration.ratio import RatioCalibration
+from bigain_fx.families import GridHint
+from bigain_fx.passes.errors import InputError
+from bigain_fx.passes.methods import KVDownsample, MergeMethod
+
+__all__ = ["AlphaCalibration", "RatioCalibration", "calibrate"]
+
+
+@overload
+def calibrate(
+    model: nn.Module, calls: Iterable[Call], *, method: KVDownsample, schedule: bool = True, grid: GridHint = None
+) -> AlphaCalibration: ...
+@overload
+def calibrate(
+    model: nn.Module, calls: Iterable[Call], *, method: MergeMethod, schedule: bool = True, grid: GridHint = None
+) -> RatioCalibration: ...
+def calibrate(
+    model: nn.Module,
+    calls: Iterable[Call],
+    *,
+    method: KVDownsample | MergeMethod,
+    schedule: bool = True,
+    grid: GridHint = None,
+) -> AlphaCalibration | RatioCalibration:
+    """Fit ``method`` to ``model``, so that outputs deviate least from the dense ones at the same cost.
+
+    A downsampling gets its alpha. A merge gets a ratio for each attention in place of the one that is given, for no
+    more FLOPs in all; a larger ``cell`` lets those that can bear it merge more (``docs/operators.md``, "Calibration").
+
+    Args:
+        model, grid: as for :func:`bigain_fx.optimize`.
+        calls: keyword arguments of some calls, on images from the training data, noised: one timestep a call, several
+            of them over the whole range.
+        method: whose alpha or ratio is replaced.
+        schedule: find alpha as a :class:`LinearAlpha`; else a number. Ratios are the same at every timestep.
+
+    Raises:
+        InputError: no call, one without a timestep or with several, or a schedule of alpha from one timestep; calls of
+            different shapes, to calibrate ratios; ``method`` is no such method, or rewrites no attention.
+        BigainError: as for :func:`bigain_fx.optimize`.
+    """
+    given = [dict(call) for call in calls]
+    if not given:
+        raise InputError("calls is empty; give the arguments of some calls, at several timesteps")
+    if isinstance(method, KVDownsample):
+        return alpha.fit(model, given, method, schedule=schedule, grid=grid)
+    if isinstance(method, MergeMethod):
+        return ratio.fit(model, given, method, grid=grid)
+    raise InputError(f"method={method!r} has neither an alpha nor a ratio; give a KVDownsample, or a merge")

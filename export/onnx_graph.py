@@ -56,8 +56,8 @@ def to_onnx(
     for node in module.graph.nodes:
         if getattr(node.target, "namespace", "") == "bigain" and node.target not in _TABLE:
             raise ExportError(
-                f"{node.target} has no ONNX form; cell_layout, reduce and proportional must be the defaults, and the "
-                "method no BlockPool"
+                f"{node.target} has no ONNX form; cell_layout, reduce, proportional and unmerge must be the defaults, "
+                "and the method no BlockPool"
             )
     try:
         with torch.no_grad(), quiet():

@@ -157,8 +157,15 @@ SCHEDULED = (bgx.LaplacianMerge(0.5), bgx.KVDownsample(2, bgx.LinearAlpha()))
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "kwargs", "methods"),
-    [(unet, UNET, SCHEDULED[:1]), (unet, UNET, SCHEDULED[1:]), (unet, UNET, SCHEDULED), (dit, DIT, SCHEDULED)],
-    ids=["unet-tm", "unet-td", "unet-both", "dit-both"],
+    [
+        (unet, UNET, SCHEDULED[:1]),
+        (unet, UNET, SCHEDULED[1:]),
+        (unet, UNET, SCHEDULED),
+        (dit, DIT, SCHEDULED),
+        (dit, DIT, (bgx.LaplacianMerge(0.5, proportional=True, unmerge="blend", cell_layout="row"),)),
+        (dit, DIT, (bgx.BlockPool(0.5, reduce="mlerp"),)),
+    ],
+    ids=["unet-tm", "unet-td", "unet-both", "dit-both", "dit-blend", "dit-pool"],
 )
 def test_denoisers(make: Any, kwargs: dict[str, Any], methods: Any, tmp_path: Path) -> None:
     program, interface = exported(make(), kwargs, methods)

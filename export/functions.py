@@ -106,18 +106,11 @@ def LaplacianMergePlan(metric, grid: Sequence[int], cell: Sequence[int], merged:
 
 
 @script(_bigain, default_opset=op)
-def Merge(x, assign, groups: int, block: int):
-    """Mean of each group: ``x (B, N, C)``, ``assign (B, N)`` int64 -> ``(B, groups, C)`` in ``x``'s dtype.
-
-    Tokens sorted by group are summed by prefix sums within blocks of ``block`` tokens and over whole blocks. The sum of
-    blocks serves only groups of more than ``block`` tokens, so that no small group is a difference of large numbers.
-    """
+def Groups(assign, groups: int):
+    """Tokens sorted by group ``(B, N)``, and where each group starts and ends among them, ``(B, groups)``, int64."""
     tokens = op.Shape(assign, start=1)
     count = op.Unsqueeze(groups, [0])
-    size = op.Unsqueeze(block, [0])
-    blocks = op.Div(tokens, size)
     index = op.Range(0, op.Squeeze(tokens), 1)
-
     keys, _ = op.TopK(op.Add(op.Mul(assign, tokens), index), tokens, axis=1, largest=0, sorted=1)
     group = op.Div(keys, tokens)
     order = op.Sub(keys, op.Mul(group, tokens))
@@ -126,6 +119,27 @@ def Merge(x, assign, groups: int, block: int):
     starts, _ = op.TopK(op.Where(continues, op.Add(index, tokens), index), count, axis=1, largest=0, sorted=1)
     end = op.Expand(tokens, op.Concat(op.Shape(assign, end=1), [1], axis=0))
     ends = op.Concat(op.Slice(starts, [1], count, [1]), end, axis=1)
+    return order, starts, ends
+
+
+@script(_bigain, default_opset=op)
+def GroupSizes(assign, groups: int):
+    """How many tokens each group has: ``assign (B, N)`` int64 -> ``(B, groups)`` float32."""
+    _, starts, ends = Groups(assign, groups=groups)
+    return op.Cast(op.Sub(ends, starts), to=_FLOAT)
+
+
+@script(_bigain, default_opset=op)
+def Merge(x, assign, groups: int, block: int):
+    """Mean of each group: ``x (B, N, C)``, ``assign (B, N)`` int64 -> ``(B, groups, C)`` in ``x``'s dtype.
+
+    Tokens sorted by group are summed by prefix sums within blocks of ``block`` tokens and over whole blocks. The sum of
+    blocks serves only groups of more than ``block`` tokens, so that no small group is a difference of large numbers.
+    """
+    tokens = op.Shape(assign, start=1)
+    size = op.Unsqueeze(block, [0])
+    blocks = op.Div(tokens, size)
+    order, starts, ends = Groups(assign, groups=groups)
     last = op.Sub(ends, 1)
 
     ordered = Rows(op.Cast(x, to=_FLOAT), order)
@@ -152,6 +166,42 @@ def Unmerge(y, assign):
 
 
 @script(_bigain, default_opset=op)
+def NearestGroups(metric, assign, rep, groups: int, block: int, count: int, sharpness: float):
+    """The ``count`` groups that a folded token resembles most: ``near (B, count, N)``, ``weight (B, count - 1, N)``."""
+    tokens = op.Shape(assign, start=1)
+    index = op.Expand(op.Range(0, op.Squeeze(tokens), 1), op.Shape(assign))
+    lifted = op.ScatterElements(index, rep, op.Add(rep, tokens), axis=1)
+    folded, _ = op.TopK(lifted, op.Sub(tokens, op.Unsqueeze(groups, [0])), axis=1, largest=0, sorted=1)
+
+    values = op.Cast(metric, to=_FLOAT)
+    mine, means = Rows(values, folded), Merge(values, assign, groups=groups, block=block)
+    mine = op.Div(mine, op.Max(op.ReduceL2(mine, [2], keepdims=1), _EPSILON))
+    means = op.Div(means, op.Max(op.ReduceL2(means, [2], keepdims=1), _EPSILON))
+    taken = op.Unsqueeze(count, [0])
+    highest, nearest = op.TopK(op.MatMul(mine, op.Transpose(means, perm=[0, 2, 1])), taken, axis=2, largest=1, sorted=1)
+    shares = op.Softmax(op.Mul(highest, sharpness), axis=2)
+    shares = op.Transpose(op.Slice(shares, [1], taken, [2]), perm=[0, 2, 1])
+    nearest = op.Transpose(nearest, perm=[0, 2, 1])
+
+    batch = op.Shape(assign, end=1)
+    near = op.Expand(op.Unsqueeze(assign, [1]), op.Concat(batch, taken, tokens, axis=0))
+    where = op.Unsqueeze(folded, [1])
+    near = op.ScatterElements(near, op.Expand(where, op.Shape(nearest)), nearest, axis=2)
+    weight = op.Expand(0.0, op.Concat(batch, op.Sub(taken, 1), tokens, axis=0))
+    weight = op.ScatterElements(weight, op.Expand(where, op.Shape(shares)), shares, axis=2)
+    return near, weight
+
+
+@script(_bigain, default_opset=op)
+def Blend(y, near, weight):
+    """A mean of several groups: ``y (B, M, C)``, ``near (B, k, N)``, ``weight (B, k - 1, N)`` -> ``(B, N, C)``."""
+    flat = op.Reshape(near, [0, -1])
+    rows = op.Reshape(Rows(op.Cast(y, to=_FLOAT), flat), op.Concat(op.Shape(near), [-1], axis=0))
+    shares = op.Concat(op.Sub(1.0, op.ReduceSum(weight, [1], keepdims=1)), weight, axis=1)
+    return op.CastLike(op.ReduceSum(op.Mul(rows, op.Unsqueeze(shares, [3])), [1], keepdims=0), y)
+
+
+@script(_bigain, default_opset=op)
 def KVDownsample(x, alpha, grid: Sequence[int], factor: int):
     """``alpha * nearest + (1 - alpha) * mean`` of each block: ``x (B, N, C)``, ``alpha ()`` or ``(B,)`` float32."""
     side = op.Unsqueeze(factor, [0])
@@ -173,6 +223,7 @@ def LinearAlpha(timestep, noisy: float, clean: float, t_noisy: float, t_clean: f
 
 
 FUNCTIONS: tuple[OnnxFunction, ...] = (
-    Rows, CellTokens, LaplacianPosition, MergePlan, LaplacianMergePlan, Merge, Unmerge, KVDownsample, LinearAlpha,
+    Rows, CellTokens, LaplacianPosition, MergePlan, LaplacianMergePlan, Groups, GroupSizes, Merge, Unmerge,
+    NearestGroups, Blend, KVDownsample, LinearAlpha,
 )  # fmt: skip
 """Every function, those that others call included, callees first."""

@@ -24,6 +24,7 @@ from bigain_fx.export.functions import DOMAIN, FUNCTIONS, VERSION
 from bigain_fx.export.retrace import quiet, retrace
 from bigain_fx.passes.arguments import SDPA
 from bigain_fx.passes.errors import ExportError, first_line
+from bigain_fx.passes.ops.plan import NEAREST, SHARPNESS
 from bigain_fx.passes.sites import module_name
 
 aten, bigain = torch.ops.aten, torch.ops.bigain
@@ -56,8 +57,8 @@ def to_onnx(
     for node in module.graph.nodes:
         if getattr(node.target, "namespace", "") == "bigain" and node.target not in _TABLE:
             raise ExportError(
-                f"{node.target} has no ONNX form; cell_layout, reduce, proportional and unmerge must be the defaults, "
-                "and the method no BlockPool"
+                f"{node.target} has no ONNX form; cell_layout and reduce must be the defaults, and the method no "
+                "BlockPool"
             )
     try:
         with torch.no_grad(), quiet():
@@ -132,6 +133,26 @@ def _unmerge(where: dict[str, str], y: Tensor, assign: Tensor) -> Tensor:
     return _emit("Unmerge", [y, assign], {}, y.dtype, (*assign.shape, y.shape[2]), where)
 
 
+def _group_sizes(where: dict[str, str], assign: Tensor, groups: int) -> Tensor:
+    return _emit("GroupSizes", [assign], {"groups": groups}, torch.float32, (assign.shape[0], groups), where)
+
+
+def _nearest_groups(where: dict[str, str], metric: Tensor, assign: Tensor, rep: Tensor) -> Sequence[Tensor]:
+    (batch, tokens), groups = assign.shape, rep.shape[1]
+    count = min(NEAREST, groups)
+    attributes: dict[str, Any] = {
+        "groups": groups, "block": _block(tokens), "count": count, "sharpness": SHARPNESS
+    }  # fmt: skip
+    return symbolic_ops.symbolic_multi_out(
+        f"{DOMAIN}::NearestGroups", [metric, assign, rep], attributes, dtypes=[torch.int64, torch.float32],
+        shapes=[(batch, count, tokens), (batch, count - 1, tokens)], version=VERSION, metadata_props=where,
+    )  # fmt: skip
+
+
+def _blend(where: dict[str, str], y: Tensor, near: Tensor, weight: Tensor) -> Tensor:
+    return _emit("Blend", [y, near, weight], {}, y.dtype, (near.shape[0], near.shape[2], y.shape[2]), where)
+
+
 def _kv_downsample(where: dict[str, str], x: Tensor, alpha: float | Tensor, grid: list[int], factor: int) -> Tensor:
     weight = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float32)
     shape = (x.shape[0], x.shape[1] // factor**2, x.shape[2])
@@ -184,6 +205,9 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     bigain.merge_plan.default: _merge_plan,
     bigain.merge.default: _merge,
     bigain.unmerge.default: _unmerge,
+    bigain.group_sizes.default: _group_sizes,
+    bigain.nearest_groups.default: _nearest_groups,
+    bigain.blend.default: _blend,
     bigain.kv_downsample.default: _kv_downsample,
     bigain.kv_downsample.Tensor: _kv_downsample,
     bigain.linear_alpha.default: _linear_alpha,

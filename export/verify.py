@@ -26,8 +26,14 @@ from bigain_fx.passes.sites import module_name
 
 LIMITS = {"float32": 1e-3, "float16": 5e-2}
 """Relative L2 beyond which an output is wrong. What correct graphs show is far below: 1e-6 and 3e-3."""
-PLANS = ("LaplacianMergePlan", "MergePlan")
-PLAN = torch.ops.bigain.merge_plan.default
+PLAN, NEAREST = torch.ops.bigain.merge_plan.default, torch.ops.bigain.nearest_groups.default
+DECIDING = {"LaplacianMergePlan": PLAN, "MergePlan": PLAN, "NearestGroups": NEAREST}
+"""What picks tokens, and what it stands for in torch's graph."""
+Picked = tuple[Tensor | None, ...]
+"""The results of one of them; None where the file has no use for one."""
+Place = tuple[str, Any]
+"""A module, and which of :data:`DECIDING`."""
+_TORCH = {onnx.TensorProto.INT64: torch.int64, onnx.TensorProto.FLOAT: torch.float32}
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def verify(path: Path, module: fx.GraphModule, inputs: Sequence[Tensor], interfa
         if bad := int((~output.isfinite()).sum()):
             what = f"{bad} of {output.numel()} values of {port.name}"
             raise ExportError(f"{path.name}: {what} are nan or infinite; nothing is left")
-    forced = _Forced(module, _plans(path, given))
+    forced = _Forced(module, _picked(path, given))
     with torch.no_grad():
         expected = [tensor.cpu() for tensor in forced.run(*inputs)]
     deviations = tuple(map(_deviation, [port.name for port in interface.outputs], outputs, expected))
@@ -96,11 +102,11 @@ class _Forced(fx.Interpreter):
     given the plan of an earlier node that had the same metric.
     """
 
-    def __init__(self, module: fx.GraphModule, plans: Mapping[str, Sequence[Tensor]]) -> None:
+    def __init__(self, module: fx.GraphModule, picked: Mapping[Place, Sequence[Picked]]) -> None:
         super().__init__(module)
-        self._plans = {where: list(found) for where, found in plans.items()}
-        self._todo = Counter(module_name(node) for node in module.graph.nodes if node.target is PLAN)
-        self._earlier: list[tuple[tuple[Any, ...], Tensor]] = []
+        self._picked = {place: list(found) for place, found in picked.items()}
+        self._todo = Counter((module_name(node), node.target) for node in module.graph.nodes)
+        self._earlier: list[tuple[tuple[Any, ...], Picked]] = []
         self._shares, self._where = list[float](), ""
 
     @property
@@ -113,16 +119,18 @@ class _Forced(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         found = super().call_function(target, args, kwargs)
-        if target is not PLAN:
+        if target not in DECIDING.values():
             return found
-        forced = self._given(args).to(found[0].device)
-        self._shares.append(float((forced == found[0]).double().mean()))
-        return forced, found[1]
+        given = self._given((self._where, target), args)
+        forced = [own if item is None else item.to(own.device) for own, item in zip(found, given, strict=True)]
+        if target is PLAN:
+            self._shares.append(float((forced[0] == found[0]).double().mean()))
+        return forced
 
-    def _given(self, args: tuple[Any, ...]) -> Tensor:
-        left, todo = self._plans.get(self._where, []), self._todo[self._where]
-        self._todo[self._where] -= 1
-        if len(left) < todo and (same := [plan for earlier, plan in self._earlier if _equal(earlier, args)]):
+    def _given(self, place: Place, args: tuple[Any, ...]) -> Picked:
+        left, todo = self._picked.get(place, []), self._todo[place]
+        self._todo[place] -= 1
+        if len(left) < todo and (same := [picked for earlier, picked in self._earlier if _equal(earlier, args)]):
             return same[-1]
         if not left:
             raise ExportError(f"{self._where}: its plan is not in the file, nor an earlier one of an equal metric")
@@ -141,29 +149,30 @@ def _run(path: Path, inputs: Sequence[Tensor], outputs: Sequence[tuple[Sequence[
     return Session(path, ["CPUExecutionProvider"]).run(inputs, outputs)
 
 
-def _plans(path: Path, inputs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-    """The plans that the file at ``path`` makes, by module, from a copy of it that gives them away."""
+def _picked(path: Path, inputs: Sequence[Tensor]) -> dict[Place, list[Picked]]:
+    """What the file at ``path`` picks, by module, from a copy of it that gives it away."""
     model = onnx.load(path, load_external_data=False)
-    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in PLANS]
-    if not nodes:
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in DECIDING]
+    known = {info.name: info for info in model.graph.value_info}
+    given = [known[name] for node in nodes for name in node.output if name in known]
+    if not given:
         return {}
-    shapes = {info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in model.graph.value_info}
-    names = [node.output[0] for node in nodes]
     del model.graph.output[:]
-    model.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, shapes[name]) for name in names
-    )
+    model.graph.output.extend(given)
+    types = [info.type.tensor_type for info in given]
+    shapes = [([dim.dim_value for dim in of.shape.dim], _TORCH[of.elem_type]) for of in types]
     probe = path.with_name(f"{path.stem}-plans.onnx")
     try:
         onnx.save(model, probe)
-        found = _run(probe, inputs, [(shapes[name], torch.int64) for name in names])
+        found = dict(zip([info.name for info in given], _run(probe, inputs, shapes), strict=True))
     finally:
         probe.unlink(missing_ok=True)
-    plans: dict[str, list[Tensor]] = {}
-    for node, plan in zip(nodes, found, strict=True):
+    picked: dict[Place, list[Picked]] = {}
+    for node in nodes:
         where = {entry.key: entry.value for entry in node.metadata_props}
-        plans.setdefault(where.get("module", ""), []).append(plan)
-    return plans
+        place = where.get("module", ""), DECIDING[node.op_type]
+        picked.setdefault(place, []).append(tuple(map(found.get, node.output)))
+    return picked
 
 
 def _deviation(name: str, output: Tensor, expected: Tensor) -> Deviation:

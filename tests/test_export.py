@@ -24,7 +24,15 @@ from bigain_fx.passes.grammar import parse
 from tests.test_optimize import dit, unet
 from tests.test_sample import _one_thread  # noqa: F401
 
-METHODS = ["dense", "bigain-tm:0.7", "bigain-td:2", "bigain-td:2:0.8..1.2", "bigain-tm:0.7+bigain-td:2:0.8..1.2"]
+BETTER = "bigain-tm:0.7:proportional=true:unmerge=blend"
+METHODS = [
+    "dense",
+    "bigain-tm:0.7",
+    "bigain-td:2",
+    "bigain-td:2:0.8..1.2",
+    "bigain-tm:0.7+bigain-td:2:0.8..1.2",
+    BETTER,
+]
 BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2}
 SMALL: dict[str, dict[str, Any]] = {
     "sd2": {"block_out_channels": (32, 64, 64, 64), "attention_head_dim": (2, 4, 4, 4), "cross_attention_dim": 32},
@@ -50,6 +58,7 @@ OURS = {
     "bigain-tm:0.7+bigain-td:2:0.8..1.2": {
         "KVDownsample": 1, "LaplacianMergePlan": 1, "LinearAlpha": 0, "Merge": 1, "Unmerge": 1,
     },
+    BETTER: {"LaplacianMergePlan": 1, "Merge": 1, "GroupSizes": 1, "NearestGroups": 1, "Blend": 1},
 }  # fmt: skip
 """Functions of ours, as many a rewritten attention; 0 is one for all of them."""
 
@@ -73,7 +82,8 @@ def inputs() -> dict[str, Any]:
 
 FAST = {
     ("mnist-unet", "bigain-tm:0.7+bigain-td:2:0.8..1.2", torch.float32), ("dit-xl-2", "bigain-td:2", torch.float32),
-    ("mnist-dit", "bigain-tm:0.7", torch.float16), ("pixart", "bigain-tm:0.7", torch.float32),
+    ("mnist-dit", "bigain-tm:0.7", torch.float16), ("mnist-dit", BETTER, torch.float32),
+    ("mnist-unet", BETTER, torch.float16), ("pixart", "bigain-tm:0.7", torch.float32),
 }  # fmt: skip
 CASES = [
     pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
@@ -93,7 +103,7 @@ def test_onnx_runtime_agrees_with_torch(name: str, method: str, dtype: torch.dty
     assert {key: count for key, count in record.operators.items() if key.startswith("bigain")} == expected
     assert len(record.graphs[0].report.rewritten) == (0 if method == "dense" else sites)
     attentions = len(record.graphs[0].report.sites)
-    masked = sites if name == "pixart" else 0
+    masked = sites if name == "pixart" or method == BETTER else 0
     assert record.operators["com.microsoft::MultiHeadAttention"] == attentions - masked
     proto = onnx.load(path)
     onnx.checker.check_model(proto)
@@ -199,8 +209,7 @@ def test_a_truncated_file(inputs: Any, tmp_path: Path) -> None:
     [
         bgx.BlockPool(0.5),
         bgx.LaplacianMerge(0.5, cell_layout="row"),
-        bgx.ToMe(0.5, proportional=True),
-        bgx.ToMe(0.5, unmerge="blend"),
+        bgx.ToMe(0.5, reduce="mlerp"),
     ],
 )
 def test_what_is_for_comparison_alone_has_no_onnx_form(inputs: Any, tmp_path: Path, method: Any) -> None:

@@ -112,6 +112,31 @@ def test_merge_of_small_groups_far_from_zero_is_no_difference_of_large_sums() ->
     assert (merged - expected).abs().max() < 0.01
 
 
+@pytest.mark.parametrize("opset", OPSETS)
+def test_group_sizes(opset: int) -> None:
+    plan = oracle.merge_plan(torch.randn(2, 63, 6), (7, 9), (2, 2), 40)
+    assert torch.equal(run("GroupSizes", [plan.assign], [(FLOAT, 2)], opset, groups=23), oracle.group_sizes(plan))
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize(("grid", "merged", "block"), [((7, 9), 40, 7), ((2, 4), 6, 2), ((8, 8), 20, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_blend(grid: Pair, merged: int, block: int, dtype: torch.dtype, opset: int) -> None:
+    tokens = grid[0] * grid[1]
+    metric, y = torch.randn(2, tokens, 6), torch.randn(2, tokens - merged, 5).to(dtype)
+    plan, count = oracle.merge_plan(metric, grid, (2, 2), merged), min(3, tokens - merged)
+    near, weight = run(
+        "NearestGroups", [metric, plan.assign, plan.rep], [(INT64, 3), (FLOAT, 3)], opset, groups=tokens - merged,
+        block=block, count=count, sharpness=5.0,
+    )  # fmt: skip
+    assert near.shape == (2, count, tokens)
+    found = run("Blend", [y, near, weight], [(FLOAT if dtype == torch.float32 else FLOAT16, 3)], opset)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, oracle.blend(y, metric, plan), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    lone = torch.zeros(2, tokens, dtype=torch.bool).scatter(1, plan.rep, True)
+    assert torch.equal(found[lone], oracle.unmerge(y, plan)[lone])
+
+
 def test_unmerge() -> None:
     y, assign = torch.randn(3, 7, 4), torch.randint(7, (3, 20))
     expected = oracle.unmerge(y, oracle.Plan(assign, assign))

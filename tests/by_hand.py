@@ -7,6 +7,8 @@ other image rows, and `F.scaled_dot_product_attention` sees fewer of the keys an
 - merging: the row of each group's representative holds the group's mean. Other rows are no keys and no values, and the
   attention's output at token i is the one at the representative of i.
 - downsampling: the row of nearest(i) holds D(x)[i] where keys and values are projected; only these rows are kept.
+- blending: as merging, but the attention's output at token i is a mean of those at several representatives. What comes
+  after it until the residual sum must be linear, then, and at most add a bias.
 - both: queries as in merging, keys and values as in downsampling of the unmerged tokens.
 """
 
@@ -36,7 +38,7 @@ class Operators:
 
     Attributes:
         site: where.
-        ratio, factor, alpha: as for `run`.
+        ratio, factor, alpha, blend: as for `run`.
         metric: what the site's norm read, as tokens; None without a norm.
         x: the image tokens (B, N, C) that the site's projections read; None before they did.
         queries, keys: x with the rows that queries, and keys and values, are made of.
@@ -48,6 +50,7 @@ class Operators:
     ratio: float | None
     factor: int | None
     alpha: float
+    blend: bool
     metric: Tensor | None = None
     x: Tensor | None = None
     queries: Tensor | None = None
@@ -88,9 +91,13 @@ class Operators:
             start = offset if q.shape[-2] > tokens else 0  # queries of the image alone
             group = torch.tensor(self.plan.token_map())[:, None, :, None]
             image = output[..., start : start + tokens, :]
-            output = torch.cat(
-                [output[..., :start, :], image.take_along_dim(group, -2), output[..., start + tokens :, :]], -2
-            )
+            if self.blend:
+                few = image.take_along_dim(self.plan.rep[:, None, :, None], -2).transpose(1, 2).flatten(2)
+                metric = self.x if self.metric is None else self.metric
+                spread = oracle.blend(few, metric, self.plan).unflatten(2, (image.shape[1], -1)).transpose(1, 2)
+            else:
+                spread = image.take_along_dim(group, -2)
+            output = torch.cat([output[..., :start, :], spread, output[..., start + tokens :, :]], -2)
         self.x, self.metric, self.runs = None, None, self.runs + 1
         return output
 
@@ -156,6 +163,7 @@ def run(
     ratio: float | None = None,
     factor: int | None = None,
     alpha: float = 0.9,
+    blend: bool = False,
 ) -> Any:
     """What ``model(**inputs)`` returns with the operators at ``sites``; the model is left as it was.
 
@@ -166,8 +174,9 @@ def run(
         ratio: merge this part of the tokens by their Laplacian score, in 2x2 cells; None merges none.
         factor: downsample keys and values by it an axis; None leaves them alone.
         alpha: of downsampling.
+        blend: give tokens that merged away a mean of several groups.
     """
-    everything = [Operators(site, ratio, factor, alpha) for site in sites]
+    everything = [Operators(site, ratio, factor, alpha, blend) for site in sites]
     with ExitStack() as stack:
         for operators in everything:
             site = operators.site

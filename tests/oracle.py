@@ -200,9 +200,7 @@ def blend(y: Tensor, metric: Tensor, plan: Plan) -> Tensor:
     means, result = merge(metric.float(), plan), unmerge(y, plan).float()
     for b in range(len(y)):
         for token in set(range(metric.shape[1])) - set(plan.rep[b].tolist()):
-            cosines = [
-                float(torch.nn.functional.cosine_similarity(metric[b, token].float(), mean, dim=0)) for mean in means[b]
-            ]
+            cosines = torch.nn.functional.cosine_similarity(metric[b, token].float()[None], means[b]).tolist()
             best = sorted(range(len(cosines)), key=lambda group: -cosines[group])[:3]
             weights = [float(np.exp(5 * cosines[group])) for group in best]
             rows = [weight * y[b, group].float() for weight, group in zip(weights, best, strict=True)]

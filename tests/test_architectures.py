@@ -16,6 +16,7 @@ from bigain_fx.passes.errors import CaptureError
 from tests import by_hand
 from tests.zoo import Case, lively
 from tests.zoo_checks import (
+    BLEND,
     BOTH,
     DENSE_TOLERANCE,
     KV,
@@ -65,6 +66,13 @@ def test_rewritten_as_by_hand(case: Case, applied: Applied) -> None:
     expected = tensors(by_hand.run(loaded.model, loaded.inputs, case.sites, **applied.by_hand))
     assert relative(expected, loaded.output) > 100 * TOLERANCE, "the case would not notice a dense model"
     assert relative(tensors(fast(**loaded.inputs)), expected) <= TOLERANCE
+
+
+@pytest.mark.slow
+@each(tuple(case for case in MATCHED if case.name != "z-image"))
+def test_blended_as_by_hand(case: Case) -> None:
+    """By hand it is done right behind the attention; Z-Image norms in between, where a mean does not go through."""
+    test_rewritten_as_by_hand(case, BLEND)
 
 
 @each(BLOCKS)

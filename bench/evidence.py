@@ -167,10 +167,16 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
 
 
+def reading(folder: Path) -> str:
+    """What we make of the results in ``folder``: ``reading.md`` beside them, written by hand; empty without it."""
+    file = folder / "reading.md"
+    return file.read_text() + "\n" if file.is_file() else ""
+
+
 def write(found: dict[str, dict[str, Any]], figures: Path, document: Path) -> None:
     """Write the document; links to figures are relative to it."""
     evidence_document.overview(found).savefig(figures / "overview.png", dpi=130)
-    text = evidence_document.text(found, Path(os.path.relpath(figures, document.parent)))
+    text = evidence_document.text(found, Path(os.path.relpath(figures, document.parent)), reading(figures))
     temporary = document.with_name(document.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, document)

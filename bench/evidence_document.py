@@ -37,12 +37,13 @@ HIGH = 0.375
 STUDIES = {"merging": "Merging", "downsampling": "Downsampling keys and values"}
 
 
-def text(found: Results, figures: Path) -> str:
+def text(found: Results, figures: Path, reading: str = "") -> str:
     """The document.
 
     Args:
         found: result files by model and study, such as ``photo-dit-main``.
         figures: the folder of the figures, relative to the document.
+        reading: what we make of it, written by hand.
     """
     models = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in found))
     mains = {model: found[f"{model}-main"] for model in models if f"{model}-main" in found}
@@ -56,7 +57,7 @@ def text(found: Results, figures: Path) -> str:
     ]  # fmt: skip
     if mains:
         lines += [_overview(mains), f"![accuracy of every method on every denoiser]({figures / 'overview.png'})", ""]
-        lines += ["## What holds", "", *_claims(mains), *_times(mains)]
+        lines += ["## What holds", "", *_claims(mains), *reading.splitlines(), *_times(mains)]
     for study, title in STUDIES.items():
         for model in models:
             if (result := found.get(f"{model}-{study}")) is not None:

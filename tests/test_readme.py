@@ -51,3 +51,17 @@ def test_compiling_takes_what_the_result_files_say() -> None:
         assert claimed == f"{max(row['ratio'] for row in rows):.2f}"
         assert max(row["ratio"] for row in rows) <= 1.25
         assert max(row["passes_s"] for row in rows) < 2
+
+
+def test_accuracies_are_those_of_the_evidence() -> None:
+    """Rows read ``| [model](file) | `method` | accuracy (interval) | points (interval) | FID | GFLOPs |``."""
+    pattern = r"^\| \[.*?\]\((bench/results/evidence/\S+?\.json)\) \| `(.+?)` \| (.+) \|$"
+    rows = re.findall(pattern, (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 8
+    for file, method, claimed in rows:
+        (row,) = (row for row in json.loads((ROOT / file).read_text())["rows"] if row["method"] == method)
+        accuracy, low, high = (100 * value for value in (row["correct"] / row["images"], row["low"], row["high"]))
+        gains = [100 * (row[name] or 0) for name in ("gain", "gain_low", "gain_high")]
+        points = "{:+.1f} ({:+.1f} to {:+.1f})".format(*gains) if row["against"] not in (None, "dense") else "-"
+        measured = [f"{accuracy:.1f} ({low:.1f} to {high:.1f})", points, f"{row['fid']:.1f}", f"{row['gflops']:.2f}"]
+        assert claimed.split(" | ") == measured, (file, method)

@@ -12,7 +12,7 @@ from torch import nn
 import bigain_fx as bgx
 from bigain_fx.calibration.alpha import ALPHAS, _line, _lowest
 from bigain_fx.calibration.ratio import TRIED, _between, _parabolas, allocate
-from bigain_fx.passes.methods import Methods
+from bigain_fx.passes.methods import Method
 from tests.test_sample import _one_thread, tiny  # noqa: F401
 
 STEPS = (50, 350, 650, 950)
@@ -29,15 +29,12 @@ def calls(steps: tuple[int, ...] = STEPS) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def deviation(model: nn.Module, call: dict[str, Any], alpha: float) -> float:
-    return deviation_of(model, call, (bgx.KVDownsample(2, alpha),))
-
-
-def deviation_of(model: nn.Module, call: dict[str, Any], methods: Methods) -> float:
-    fast = bgx.optimize(model, method=methods, backend="eager")
+def deviations(model: nn.Module, method: Method, steps: tuple[int, ...] = STEPS) -> list[float]:
+    """Of the calls at ``steps``."""
+    fast = bgx.optimize(model, method=method, backend="eager")
+    given = [{**call, "return_dict": False} for step, call in zip(STEPS, calls(), strict=True) if step in steps]
     with torch.no_grad():
-        given = {**call, "return_dict": False}
-        return float((fast(**given)[0] - model(**given)[0]).square().mean())
+        return [float((fast(**call)[0] - model(**call)[0]).square().mean()) for call in given]
 
 
 @pytest.mark.parametrize("schedule", [True, False])
@@ -47,10 +44,11 @@ def test_the_alpha_has_the_least_deviation(schedule: bool) -> None:
     found = bgx.calibrate(model, calls(), method=bgx.KVDownsample(2), schedule=schedule)
     assert found.timesteps == STEPS
     assert found.alphas == ALPHAS
-    for index, call in enumerate(calls()):
-        tried = [deviation(model, call, alpha) for alpha in ALPHAS]
-        assert found.tried[index] == pytest.approx(tried, rel=1e-3)
-        around = [deviation(model, call, found.best[index] + offset) for offset in (-0.3, 0, 0.3)]
+    tried = [deviations(model, bgx.KVDownsample(2, alpha)) for alpha in ALPHAS]
+    for index, step in enumerate(STEPS):
+        assert found.tried[index] == pytest.approx([each[index] for each in tried], rel=1e-3)
+        nearby = [found.best[index] + offset for offset in (-0.3, 0, 0.3)]
+        around = [deviations(model, bgx.KVDownsample(2, alpha), (step,))[0] for alpha in nearby]
         assert around[1] < min(around[0], around[2])
         assert found.deviation[index] == pytest.approx(around[1], rel=0.1)
     alpha = found.method.alpha
@@ -59,7 +57,7 @@ def test_the_alpha_has_the_least_deviation(schedule: bool) -> None:
         assert (alpha.t_noisy, alpha.t_clean) == (999, 0)  # of its family
     else:
         assert isinstance(alpha, float)
-        total = [sum(deviation(model, call, alpha + offset) for call in calls()) for offset in (-0.3, 0, 0.3)]
+        total = [sum(deviations(model, bgx.KVDownsample(2, alpha + offset))) for offset in (-0.3, 0, 0.3)]
         assert total[1] < min(total[0], total[2])
 
 
@@ -102,8 +100,7 @@ def test_ratios_lose_less_for_no_more_work(method: Any) -> None:
     assert isinstance(ratios, tuple)
     assert len(ratios) == 3
     assert gflops(model, found.method) <= gflops(model, method)
-    given = [deviation_of(model, call, (method,)) for call in calls()]
-    calibrated = [deviation_of(model, call, (found.method,)) for call in calls()]
+    given, calibrated = deviations(model, method), deviations(model, found.method)
     assert found.given == pytest.approx(given, rel=1e-3)
     assert found.deviation == pytest.approx(calibrated, rel=1e-3)
     relative = [after / before for after, before in zip(calibrated, given, strict=True)]
@@ -111,7 +108,7 @@ def test_ratios_lose_less_for_no_more_work(method: Any) -> None:
     assert ratios[1] == 0.75
     assert min(ratios) < method.ratio
     alone = replace(method, ratio=(0.0, 0.0, 0.5))
-    lost = [deviation_of(model, call, (alone,)) / before for call, before in zip(calls(), given, strict=True)]
+    lost = [after / before for after, before in zip(deviations(model, alone), given, strict=True)]
     assert found.tried[2][1] == pytest.approx(sum(lost) / len(lost), rel=1e-3)
 
 
@@ -139,6 +136,11 @@ def test_what_saves_nothing_is_never_chosen() -> None:
     lost, saved = torch.tensor([[0.0, 1, 2]]).double(), torch.tensor([[-4.0, 0, 6]]).double()
     assert allocate(lost, saved, 1) == [3]
     assert allocate(lost, -saved.abs(), 1) == [0]
+
+
+def test_of_two_that_save_as_much_the_one_that_loses_less_is_chosen() -> None:
+    lost, saved = torch.tensor([[3.0, 1, 2], [0, 0, 0]]).double(), torch.tensor([[5.0, 5, 5], [2, 2, 2]]).double()
+    assert allocate(lost, saved, 7) == [2, 1]
 
 
 def test_losses_are_lines_and_savings_parabolas_in_between() -> None:

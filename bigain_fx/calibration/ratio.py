@@ -148,7 +148,9 @@ def _lower_hull(points: Sequence[tuple[float, float]]) -> Iterable[tuple[int, fl
     """The lower convex hull from the first point on, as ``(index, x, y)`` of ascending x."""
     hull: list[tuple[int, float, float]] = []
     first, *others = [(index, x, y) for index, (x, y) in enumerate(points)]
-    for point in [first, *sorted((each for each in others if each[1] > 0), key=lambda each: each[1])]:
+    for point in [first, *sorted((each for each in others if each[1] > 0), key=lambda each: each[1:])]:
+        if hull and point[1] == hull[-1][1]:
+            continue  # it saves as much, and loses no less
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
             hull.pop()
         hull.append(point)
@@ -156,7 +158,7 @@ def _lower_hull(points: Sequence[tuple[float, float]]) -> Iterable[tuple[int, fl
 
 
 def _slope(left: tuple[int, float, float], right: tuple[int, float, float]) -> float:
-    return (right[2] - left[2]) / (right[1] - left[1]) if right[1] > left[1] else math.inf
+    return (right[2] - left[2]) / (right[1] - left[1])
 
 
 def _between(tried: Tensor, lost: Tensor, fine: Tensor) -> Tensor:

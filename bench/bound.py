@@ -127,13 +127,13 @@ def _slice(surgeon: Surgeon, node: Node, x: Node, assign: Node, groups: int) -> 
     return surgeon.emit(aten.contiguous.default, (first,), like=node)
 
 
-def _tile(surgeon: Surgeon, node: Node, y: Node, assign: Node) -> Node:
-    """The M tokens over and over, up to N.
+def _tile(surgeon: Surgeon, node: Node, y: Node, index: Node, weight: Node | None = None) -> Node:
+    """The M tokens over and over, up to the N of ``index (..., N)``.
 
     Inductor reads a repeat in place, at ``index % M``, inside the kernel of the residual add; a concatenation would be
     written out first.
     """
-    tokens, groups = shape_of(assign)[1], shape_of(y)[1]
+    tokens, groups = shape_of(index)[-1], shape_of(y)[1]
     tiled = surgeon.emit(aten.repeat.default, (y, [1, math.ceil(tokens / groups), 1]), like=node)
     whole = surgeon.emit(aten.slice.Tensor, (tiled, 1, 0, tokens), like=node)
     return surgeon.emit(aten.contiguous.default, (whole,), like=node)
@@ -159,6 +159,7 @@ _FREE: dict[Any, Callable[..., Node]] = {
     bigain.mlerp.default: _slice,
     bigain.group_sizes.default: _ones,
     bigain.unmerge.default: _tile,
+    bigain.blend.default: _tile,
     bigain.kv_downsample.default: _stride,
     bigain.kv_downsample.Tensor: _stride,
 }

@@ -99,7 +99,10 @@ def key_value_shapes(module: GraphModule) -> list[tuple[int, int]]:
 
 # ------------------------------------------------------------------------------------- the free bound
 
-METHODS = ["bigain-tm:0.7", "tome:0.2", "todo:2", "bigain-td:2:0.8..1.2", "tome:0.7+bigain-td:2"]
+METHODS = [
+    "bigain-tm:0.7", "tome:0.2", "todo:2", "bigain-td:2:0.8..1.2", "tome:0.7+bigain-td:2",
+    "bigain-tm:0.7:proportional=true:unmerge=blend",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("make", [unet_workload, dit_workload])
@@ -115,7 +118,7 @@ def test_bound_has_the_shapes_of_its_method_and_no_plan(make: Callable[[], Workl
     assert key_value_shapes(free) == shapes
     assert not [target for target in targets(free) if str(target).startswith("bigain.")]
     repeat = torch.ops.aten.repeat.default
-    assert targets(free)[repeat] - calls[repeat] == calls[bigain.unmerge.default]
+    assert targets(free)[repeat] - calls[repeat] == calls[bigain.unmerge.default] + calls[bigain.blend.default]
     assert all("val" in node.meta for node in free.graph.nodes if node.op == "call_function")
 
     built = bound.build(workload, parse(text), backend="eager")

@@ -63,7 +63,6 @@ def inspect(
     import bigain_fx as bgx
     from bigain_fx.models import load
     from bigain_fx.passes.grammar import parse_list
-    from bigain_fx.report import COLUMNS
 
     methods = parse_list(method)
     workload = load(model, size=size, batch=batch, device="meta")
@@ -76,7 +75,7 @@ def inspect(
         return
     console = Console()
     for report in reports:
-        table = Table(*COLUMNS, title=report.headline, title_justify="left")
+        table = Table(*report.columns, title=report.headline, title_justify="left")
         for row in report.rows():
             table.add_row(*row, style=None if row[1] == "kept" else "bold")
         console.print(table)

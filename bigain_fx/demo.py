@@ -7,7 +7,6 @@ import os
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from bigain_fx.embedded.data import Images, data_set
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.grammar import parse
 from bigain_fx.sample import predict, sample
+from bigain_fx.stopwatch import interleaved
 
 METHODS = ("dense", "bigain-tm:0.7", "bigain-td:2")
 SEED = 0
@@ -165,19 +165,6 @@ def measure(
     columns = zip(METHODS, reports, compile_seconds, call_seconds, outputs, generated, classified, strict=True)
     measured = [Variant(*column) for column in columns]
     return measured, demo_onnx.summarize(exported, onnx_seconds, measured)
-
-
-def interleaved(calls: Sequence[Callable[[], object]], rounds: int) -> list[tuple[float, ...]]:
-    """Seconds of each call in each round; they take turns, first one and then another, after a round to warm up."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for index in range(-1, rounds):
-        for place in range(len(calls)):
-            chosen = (place + index) % len(calls)
-            started = time.perf_counter()
-            calls[chosen]()
-            if index >= 0:
-                seconds[chosen].append(time.perf_counter() - started)
-    return [tuple(found) for found in seconds]
 
 
 def check_backend(backend: str) -> None:

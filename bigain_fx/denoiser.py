@@ -28,10 +28,10 @@ from bigain_fx.capture import (
 from bigain_fx.passes.errors import GridError, InputError
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
-from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.quantized import call_as_functions
 from bigain_fx.regions import as_regions, own_cache
 from bigain_fx.report import Report
+from bigain_fx.settings import Settings
 from bigain_fx.standin import StandIn
 from bigain_fx.watch import Change, Watch, hook_in
 
@@ -55,24 +55,6 @@ class Prepared:
     run: Callable[..., Any]
     out_spec: pytree.TreeSpec
     report: Report
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How graphs are made, and how many: the arguments of :func:`optimize` beside the model and the method."""
-
-    backend: str | Callable[..., Any] = "inductor"
-    grid: families.GridHint = None
-    mode: str | None = None
-    options: Mapping[str, Any] | None = None
-    on_new_signature: str = "compile"
-    max_graphs: int = 8
-
-    def __post_init__(self) -> None:
-        if self.on_new_signature not in ("compile", "raise"):
-            raise InputError(f"on_new_signature={self.on_new_signature!r} must be 'compile' or 'raise'")
-        if isinstance(self.max_graphs, bool) or not isinstance(self.max_graphs, int) or self.max_graphs < 1:
-            raise InputError(f"max_graphs={self.max_graphs!r} must be a positive integer")
 
 
 class OptimizedDenoiser(StandIn):
@@ -195,23 +177,18 @@ class OptimizedDenoiser(StandIn):
         captured = capture(self.original, arguments)
         self._watch = Watch(self.original)
         try:
-            rewritten = rewrite(captured.module, self.methods, grid)
+            rewritten = self._settings.rewrite(captured.module, self.methods, grid)
         except GridError as error:
             if self._settings.grid is not None:
                 raise
             log.warning("%s: the grid that its inputs tell is not used: %s", self._name, error)
-            rewritten = rewrite(captured.module, self.methods, None)
+            rewritten = self._settings.rewrite(captured.module, self.methods, None)
         call_as_functions(rewritten.module)
         report = Report.of(self._name, self.methods, rewritten)
         log.info("%s", report.headline)
-        run: Callable[..., Any] = rewritten.module
-        settings = self._settings
-        if settings.backend != "eager":
-            options = dict(settings.options) if settings.options is not None else None
+        if self._settings.backend != "eager":
             as_regions(rewritten.module)
-            run = torch.compile(
-                run, fullgraph=True, dynamic=False, backend=settings.backend, mode=settings.mode, options=options
-            )
+        run = self._settings.compile(rewritten.module)
         return Prepared(rewritten.module, run, captured.out_spec, report)
 
     @property
@@ -236,6 +213,7 @@ def optimize(
     kwargs: Mapping[str, Any] | None = None,
     *,
     method: Method | Iterable[Method] | None,
+    select: Literal["all", "auto"] = "all",
     backend: str | Callable[..., Any] = "inductor",
     grid: families.GridHint = None,
     mode: str | None = None,
@@ -251,6 +229,8 @@ def optimize(
             them at the first call; each new input signature (shapes, dtypes, devices, constants, the grid) is captured
             anew, with a warning.
         method: a merge, a KV downsampling, a tuple with one of each, or ``()`` for the dense graph.
+        select: ``"auto"`` measures each kind of attention on this device, and leaves dense what is no faster rewritten;
+            the report has the times, which are kept beside inductor's cache.
         backend: anything ``torch.compile`` takes; ``"eager"`` runs the rewritten graph as it is.
         grid: ``(rows, columns)`` in image tokens at the finest resolution, for graphs that cannot tell, or a function
             that gives it for the keyword arguments of a call. The inputs ``img_ids`` and ``img_shapes`` tell it.
@@ -281,7 +261,7 @@ def optimize(
     if hasattr(model, "_orig_mod"):
         raise InputError("model was compiled by torch.compile; optimize what it was made from, model._orig_mod")
     _check_hooks(model)
-    settings = Settings(backend, grid, mode, options, on_new_signature, max_graphs)
+    settings = Settings(backend, grid, mode, options, on_new_signature, max_graphs, select)
     optimized = OptimizedDenoiser(model, methods, settings)
     if args is not None or kwargs is not None:
         optimized.prepare(*(args or ()), **(kwargs or {}))

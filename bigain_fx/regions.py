@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bigain_fx.passes import ops
@@ -45,12 +46,13 @@ def as_regions(module: GraphModule) -> None:
 def own_cache() -> Iterator[None]:
     """Cache what is compiled meanwhile under our operators' source too: torch's key has only their names."""
     config: Any = torch.compiler.config
-    with config.patch(cache_key_tag=f"{config.cache_key_tag} bigain-fx {_source()}"):
+    with config.patch(cache_key_tag=f"{config.cache_key_tag} bigain-fx {sources_digest()}"):
         yield
 
 
 @cache
-def _source() -> str:
+def sources_digest() -> str:
+    """A digest of the source of our operators."""
     modules = [file.read_bytes() for file in sorted(Path(ops.__file__).parent.glob("*.py"))]
     return hashlib.sha256(b"".join(modules)).hexdigest()
 
@@ -84,8 +86,7 @@ def _call_as_region(module: GraphModule, nodes: Sequence[Node], regions: dict[st
         node = node.next
         if node not in inside and any(source in inside or source in later for source in node.all_input_nodes):
             later[node] = None
-    inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside))
-    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+    inputs, outputs = boundary(nodes)
     weights = [operator.attrgetter(str(node.target))(module) for node in inputs if node.op == "get_attr"]
     if any(source in later for source in inputs) or any(map(is_traceable_wrapper_subclass, weights)):
         return
@@ -93,41 +94,52 @@ def _call_as_region(module: GraphModule, nodes: Sequence[Node], regions: dict[st
     storages = [weight.untyped_storage()._cdata for weight in weights]
     if len(set(memory)) < len(memory) or len(set(storages)) < len(storages):
         return
-    key = _key(nodes, inputs, outputs)
+    key = described(nodes, inputs, outputs)
     if key not in regions:
         regions[key] = _region(nodes, inputs, outputs)
     with graph.inserting_after(last):
         call = graph.call_function(regions[key], tuple(inputs))
     for node in reversed(later):
         call.append(node)
-    results = [call]
-    if len(outputs) > 1:
-        with graph.inserting_after(call):
-            results = [graph.call_function(operator.getitem, (call, index)) for index in range(len(outputs))]
+    with graph.inserting_after(call):
+        results = [graph.call_function(operator.getitem, (call, index)) for index in range(len(outputs))]
     for output, result in zip(outputs, results, strict=True):
         output.replace_all_uses_with(result, lambda user: user not in inside)
     for node in reversed(nodes):
         graph.erase_node(node)
 
 
-def _key(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> str:
+def boundary(nodes: Sequence[Node]) -> tuple[list[Node], list[Node]]:
+    """What ``nodes`` read from outside, and which of them are read there."""
+    inside = set(nodes)
+    inputs = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
+    return list(inputs), [node for node in nodes if any(user not in inside for user in node.users)]
+
+
+def described(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> str:
     """What two groups of nodes share that do the same to inputs of the same kinds."""
     index = {node: f"%{position}" for position, node in enumerate([*inputs, *nodes])}
-    values = [node.meta["val"] for node in inputs]
-    kinds = [(value.shape, value.stride(), value.dtype, value.device) for value in values]
+    leaves = pytree.tree_leaves([node.meta["val"] for node in inputs])
+    kinds = [
+        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+    ]
     calls = [(node.target, map_arg((node.args, node.kwargs), index.__getitem__)) for node in nodes]
     return str((kinds, calls, [index[node] for node in outputs]))
 
 
-def _region(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Callable[..., Any]:
-    """``nodes`` as a function of their inputs, marked for torch."""
+def as_function(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> GraphModule:
+    """``nodes`` as a module: ``outputs``, as a tuple, of ``inputs``."""
     graph = Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    results = [copies[node] for node in outputs]
-    graph.output(results[0] if len(results) == 1 else tuple(results))
+    graph.output(tuple(copies[node] for node in outputs))
+    return GraphModule(nn.Module(), graph)
+
+
+def _region(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Callable[..., Any]:
+    """``nodes`` as a function of their inputs, marked for torch."""
     # Torch knows a region by its code object: this one has its operators and literals in it, a closure would not.
-    marked: Callable[..., Any] = torch.compiler.nested_compile_region(GraphModule(nn.Module(), graph))
+    marked: Callable[..., Any] = torch.compiler.nested_compile_region(as_function(nodes, inputs, outputs))
     marked.__module__, marked.__name__ = __name__, "region"  # what the graph's code calls it
     return marked

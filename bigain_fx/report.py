@@ -42,15 +42,25 @@ class Report:
         data = asdict(self)
         return data | {"methods": [str(method) for method in self.methods], "sites": [asdict(s) for s in self.sites]}
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What :meth:`rows` hold: milliseconds only where ``select="auto"`` measured some."""
+        measured = self.saved_ms is not None
+        return ("attention", "action", "tokens", "grid", "GFLOPs", *["ms"] * measured, "reason")
+
     def rows(self) -> Iterable[tuple[str, ...]]:
-        """One row of text per attention: name, action, tokens, grid, GFLOPs, reason."""
+        """One row of text per attention."""
         for site in self.sites:
             grid = f"{site.grid[0]}x{site.grid[1]}" if site.grid else "-"
             tokens = str(site.tokens) if site.tokens == site.tokens_after else f"{site.tokens} -> {site.tokens_after}"
             gflops = f"{site.flops / 1e9:.2f}"
             if site.flops_after != site.flops:
                 gflops += f" -> {site.flops_after / 1e9:.2f}"
-            yield site.name, site.action, tokens, grid, gflops, site.reason
+            ms = "-" if site.ms is None else f"{site.ms:.3g}"
+            if site.ms_after != site.ms:
+                ms += f" -> {site.ms_after:.3g}"
+            times = [ms] if self.saved_ms is not None else []
+            yield site.name, site.action, tokens, grid, gflops, *times, site.reason
 
     @property
     def headline(self) -> str:
@@ -59,21 +69,28 @@ class Report:
         change = f"{self.flops / 1e9:.2f}"
         if self.flops_after != self.flops:
             change += f" -> {self.flops_after / 1e9:.2f} ({self.flops_after / self.flops - 1:+.1%})"
+        measured = f"; measured {self.saved_ms:.3g} ms less a call" if self.saved_ms is not None else ""
         return (
             f"{self.model}, {asked}: {len(self.rewritten)} of {len(self.sites)} attentions rewritten; GFLOPs {change}"
+            + measured
         )
+
+    @property
+    def saved_ms(self) -> float | None:
+        """Milliseconds that a call takes less by the times of its attentions; None where they were not measured."""
+        saved = [site.ms - site.ms_after for site in self.sites if site.ms is not None and site.ms_after is not None]
+        return sum(saved) if saved else None
 
     def to_markdown(self) -> str:
         """The headline and a table."""
-        lines = [self.headline, "", "| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
+        lines = [self.headline, "", "| " + " | ".join(self.columns) + " |", "| --- " * len(self.columns) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
         lines = [self.headline]
-        for name, action, tokens, grid, gflops, reason in self.rows():
-            lines.append(f"  {name}: {action}, tokens {tokens}, grid {grid}, GFLOPs {gflops}; {reason}".rstrip("; "))
+        for row in self.rows():
+            name, action, *details, reason = row
+            named = [f"{column} {text}" for column, text in zip(self.columns[2:-1], details, strict=True)]
+            lines.append(f"  {name}: {', '.join([action, *named])}; {reason}".rstrip("; "))
         return "\n".join(lines)
-
-
-COLUMNS = ("attention", "action", "tokens", "grid", "GFLOPs", "reason")

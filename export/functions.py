@@ -62,29 +62,36 @@ def LaplacianPosition(metric, grid: Sequence[int], cell: Sequence[int]):
 
 
 @script(_bigain, default_opset=op)
-def MergePlan(metric, position, grid: Sequence[int], cell: Sequence[int], merged: int):
+def MergePlan(metric, position, grid: Sequence[int], cell: Sequence[int], window: Sequence[int], merged: int):
     """The plan for destinations at ``position (1 | B, cells)``: ``assign (B, N)``, ``rep (B, N - merged)`` int64."""
     tokens = op.ReduceProd(grid)
     members = CellTokens(grid=grid, cell=cell)
-    destinations = op.Shape(members, start=0, end=1)
+    windows = CellTokens(grid=grid, cell=window)
+    destinations, count = op.Shape(members, start=0, end=1), op.Shape(windows, start=0, end=1)
+    length, each = op.Shape(windows, start=1), op.Div(destinations, count)
     sources = op.Sub(tokens, destinations)
     kept = op.Unsqueeze(merged, [0])
     batch = op.Shape(metric, start=0, end=1)
 
-    # Sources, then destinations, each in token order: sort the token index with the destinations lifted above it.
+    # The sources of each window, then its destinations: sort the token index with the destinations lifted above it.
     elected = op.GatherElements(members, op.Transpose(position, perm=[1, 0]), axis=1)
     elected = op.Expand(op.Transpose(elected, perm=[1, 0]), op.Concat(batch, destinations, axis=0))
     index = op.Expand(op.Range(0, op.Squeeze(tokens), 1), op.Concat(batch, tokens, axis=0))
     lifted = op.ScatterElements(index, elected, op.Add(elected, tokens), axis=1)
-    _, order = op.TopK(lifted, tokens, axis=1, largest=0, sorted=1)
-    source = op.Slice(order, [0], sources, [1])
-    destination = op.Slice(order, sources, tokens, [1])
+    order, _ = op.TopK(op.Gather(lifted, windows, axis=1), length, axis=2, largest=0, sorted=1)
+    source = op.Reshape(op.Slice(order, [0], op.Sub(length, each), [2]), [0, -1])
+    destination = op.Sub(op.Reshape(op.Slice(order, op.Sub(length, each), length, [2]), [0, -1]), tokens)
 
     values = op.Cast(metric, to=_FLOAT)
     unit = op.Div(values, op.Max(op.ReduceL2(values, [2], keepdims=1), _EPSILON))
-    similarity = op.MatMul(Rows(unit, source), op.Transpose(Rows(unit, destination), perm=[0, 2, 1]))
+    apart = op.Concat(op.Mul(batch, count), [-1], op.Shape(metric, start=2), axis=0)
+    theirs = op.Transpose(op.Reshape(Rows(unit, destination), apart), perm=[0, 2, 1])
+    similarity = op.MatMul(op.Reshape(Rows(unit, source), apart), theirs)
     match = op.ArgMax(similarity, axis=2, keepdims=0)
-    best = op.ReduceMax(similarity, [2], keepdims=0)
+    match = op.Reshape(match, op.Concat(batch, count, [-1], axis=0))
+    first = op.Mul(op.Range(0, op.Squeeze(count), 1), each)
+    match = op.Reshape(op.Add(match, op.Unsqueeze(first, [1])), [0, -1])
+    best = op.Reshape(op.ReduceMax(similarity, [2], keepdims=0), op.Concat(batch, [-1], axis=0))
     _, ranked = op.TopK(best, sources, axis=1, largest=1, sorted=1)
     folded = op.Slice(ranked, [0], kept, [1])
     alone = op.Slice(ranked, kept, sources, [1])
@@ -98,10 +105,10 @@ def MergePlan(metric, position, grid: Sequence[int], cell: Sequence[int], merged
 
 
 @script(_bigain, default_opset=op)
-def LaplacianMergePlan(metric, grid: Sequence[int], cell: Sequence[int], merged: int):
+def LaplacianMergePlan(metric, grid: Sequence[int], cell: Sequence[int], window: Sequence[int], merged: int):
     """The plan of BiGain-TM: ``metric (B, N, C)`` floating -> ``assign (B, N)``, ``rep (B, N - merged)`` int64."""
     position = LaplacianPosition(metric, grid=grid, cell=cell)
-    assign, rep = MergePlan(metric, position, grid=grid, cell=cell, merged=merged)
+    assign, rep = MergePlan(metric, position, grid=grid, cell=cell, window=window, merged=merged)
     return assign, rep
 
 

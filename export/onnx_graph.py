@@ -108,12 +108,19 @@ class _Interpreter(fx.Interpreter):
 
 
 def _merge_plan(
-    where: dict[str, str], metric: Tensor, grid: list[int], cell: list[int], merged: int, position: Tensor | None = None
+    where: dict[str, str],
+    metric: Tensor,
+    grid: list[int],
+    cell: list[int],
+    merged: int,
+    position: Tensor | None = None,
+    window: list[int] | None = None,
 ) -> Sequence[Tensor]:
     batch, tokens, _ = metric.shape
     name, inputs = ("LaplacianMergePlan", [metric]) if position is None else ("MergePlan", [metric, position[None]])
     return symbolic_ops.symbolic_multi_out(
-        f"{DOMAIN}::{name}", inputs, {"grid": list(grid), "cell": list(cell), "merged": merged},
+        f"{DOMAIN}::{name}", inputs,
+        {"grid": list(grid), "cell": list(cell), "window": list(window or grid), "merged": merged},
         dtypes=[torch.int64, torch.int64], shapes=[(batch, tokens), (batch, tokens - merged)], version=VERSION,
         metadata_props=where,
     )  # fmt: skip

@@ -55,7 +55,9 @@ def _node_flops(node: Node) -> int:
         case torch.ops.bigain.merge_plan.default:
             (batch, tokens, channels), grid, cell = shapes[0], *node.args[1:3]
             cells = math.prod(complete_cells(grid, cell))  # type: ignore[arg-type]
-            return 2 * batch * (tokens - cells) * cells * channels
+            _, window = node.args[4:] if len(node.args) > 4 else (None, None)
+            windows = tokens // math.prod(window) if window else 1  # type: ignore[arg-type]
+            return 2 * batch * (tokens - cells) * (cells // windows) * channels
         case torch.ops.bigain.nearest_groups.default:
             (batch, tokens, channels), left = shapes[0], shapes[2][1]
             return 2 * batch * (tokens - left) * left * channels

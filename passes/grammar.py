@@ -82,7 +82,7 @@ def _value(field: str, text: str) -> Any:
             return tuple(float(ratio) for ratio in text.split("/"))
         case "ratio" | "alpha":
             return float(text)
-        case "factor" | "seed":
+        case "factor" | "seed" | "window":
             return int(text)
         case "proportional":
             return {"true": True, "false": False}.get(text, text)

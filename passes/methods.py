@@ -16,6 +16,7 @@ CHOICES = {
     "metric": ("auto", "stream", "input"),
     "reduce": ("mean", "mlerp", "prune"),
     "unmerge": ("copy", "blend"),
+    "share": ("none", "resolution"),
 }
 LEADING = ("ratio", "factor", "alpha")
 """Fields that a text gives by their place; ``scope`` may be given by its value alone."""
@@ -73,6 +74,7 @@ class _Merge:
     reduce: str = "mean"
     proportional: bool = False
     unmerge: str = "copy"
+    share: str = "none"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -110,7 +112,19 @@ class _Merge:
 
 
 @dataclass(frozen=True)
-class LaplacianMerge(_Merge):
+class _Match(_Merge):
+    """What merges that compare tokens have besides; see :class:`LaplacianMerge`."""
+
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and not _is_positive(self.window):
+            raise MethodError(f"window={self.window!r} must be a positive integer, or None for the whole grid")
+
+
+@dataclass(frozen=True)
+class LaplacianMerge(_Match):
     """BiGain-TM: the token of lowest Laplacian score in each cell takes in its most similar sources (paper, L-GTM).
 
     Attributes:
@@ -130,6 +144,10 @@ class LaplacianMerge(_Merge):
             in the paper, which lets each count as one.
         unmerge: what a token that merged away gets back: ``"copy"``, its group's row (the paper), or ``"blend"``, a
             mean of the rows of the three groups most similar to it; not in the paper.
+        share: ``"resolution"`` lets all attentions on one grid use the plan of the first of them; ``"none"``, each
+            has a plan of its own (the paper).
+        window: longest side, in tokens, of the tiles within which a token finds what it merges into; their sides divide
+            the grid's. None is the whole grid (the paper); small windows cost less (``docs/operators.md``, "Windows").
         cell_layout: ``"block"``, cells as in the paper's text, or ``"row"``, as the released code forms them.
     """
 
@@ -142,11 +160,12 @@ class LaplacianMerge(_Merge):
 
 
 @dataclass(frozen=True)
-class ToMe(_Merge):
+class ToMe(_Match):
     """ToMe for diffusion, the baseline: as :class:`LaplacianMerge`, with destinations that ignore the image.
 
     Attributes:
-        ratio, cell, levels, scope, align, metric, reduce, proportional, unmerge: as in :class:`LaplacianMerge`.
+        ratio, cell, levels, scope, align, metric, reduce, proportional, unmerge, share, window: as in
+            :class:`LaplacianMerge`.
         destination: ``"random"``, one draw per graph and grid from ``seed``, or ``"top-left"`` of each cell.
         seed: of the draw.
     """
@@ -168,7 +187,7 @@ class BlockPool(_Merge):
 
     Attributes:
         ratio: share of the tokens that go, rounded down to whole cells.
-        cell, levels, scope, align, metric, reduce, proportional, unmerge: as in :class:`LaplacianMerge`.
+        cell, levels, scope, align, metric, reduce, proportional, unmerge, share: as in :class:`LaplacianMerge`.
     """
 
     name: ClassVar[str] = "block-pool"
@@ -277,5 +296,9 @@ def _number(name: str, value: object) -> None:
 
 
 def _check_levels(levels: int | None) -> None:
-    if levels is not None and (isinstance(levels, bool) or not isinstance(levels, int) or levels < 1):
+    if levels is not None and not _is_positive(levels):
         raise MethodError(f"levels={levels!r} must be a positive integer, or None for all")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from types import ModuleType
 
 from torch.fx import Graph, GraphModule, Node
@@ -44,6 +44,7 @@ class SiteRecord:
         grid: ``(h, w)`` of its tokens, None where unknown.
         level: which of the grids that is, the finest being 1; None where unknown.
         flops, flops_after: of its projections and attention, the plan included.
+        ms, ms_after: milliseconds before and now, its share of a plan included; None where nothing was timed.
     """
 
     name: str
@@ -55,6 +56,8 @@ class SiteRecord:
     level: int | None
     flops: int
     flops_after: int
+    ms: float | None = None
+    ms_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,16 @@ class Rewritten:
     flops_after: int
 
 
-def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None) -> Rewritten:
+def rewrite(
+    module: GraphModule, methods: Methods = (), grid: Grid | None = None, kept: Mapping[int, str] | None = None
+) -> Rewritten:
     """Apply ``methods`` to a copy of ``module``; weights are shared, ``module`` stays as it is.
 
     Args:
         module: a pre-dispatch ATen graph whose nodes carry ``meta["val"]``.
         methods: at most one of each kind, as :func:`bigain_fx.passes.methods.normalize` returns them.
         grid: ``(rows, columns)`` of image tokens at the finest resolution, for graphs that cannot tell.
+        kept: why an attention is to be left as it is, by its place among the records.
 
     Raises:
         GridError: a hint that contradicts the graph or fits no attention.
@@ -81,7 +87,7 @@ def rewrite(module: GraphModule, methods: Methods = (), grid: Grid | None = None
     """
     check_form(grid)
     with _uncollected():
-        return _rewrite(module, methods, None if grid is None else (grid[0], grid[1]))
+        return _rewrite(module, methods, None if grid is None else (grid[0], grid[1]), kept or {})
 
 
 @contextmanager
@@ -96,7 +102,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _rewrite(module: GraphModule, methods: Methods, grid: Grid | None) -> Rewritten:
+def _rewrite(module: GraphModule, methods: Methods, grid: Grid | None, kept: Mapping[int, str]) -> Rewritten:
     result = GraphModule(module, copy.deepcopy(module.graph))
     surgeon = Surgeon(result)
     canonicalize(surgeon)
@@ -109,6 +115,9 @@ def _rewrite(module: GraphModule, methods: Methods, grid: Grid | None) -> Rewrit
         unplaced = [site.tokens for site in sites_of.values() if isinstance(site, Unplaced)]
         check_hint(result.graph, grid, {site.x: site.tokens for site in sites}, unplaced)
     finest = sorted({site.grid for site in sites}, key=lambda sides: (-math.prod(sides), sides))
+    firsts: dict[tuple[Grid, int], AttentionSite] = {}
+    for first in sorted(sites, key=attrgetter("x")):
+        firsts.setdefault((first.grid, first.batch), first)
 
     names = [module_name(node) for node, _ in found]
     rows = [site.tokens if isinstance(site, AttentionSite) else _rows(node) for node, site in found]
@@ -116,21 +125,24 @@ def _rewrite(module: GraphModule, methods: Methods, grid: Grid | None) -> Rewrit
     before, flops_before = _module_flops(result.graph), flops(result.graph.nodes)
     outcomes: list[tuple[str, str, int]] = []
     # The last first: what a site reads is then still what it was found to read.
-    for (node, site), tokens in reversed(list(zip(found, rows, strict=True))):
-        if isinstance(site, Refusal):
+    for place, ((node, site), tokens) in reversed(list(enumerate(zip(found, rows, strict=True)))):
+        if place in kept:
+            outcomes.append(("kept", kept[place], tokens))
+        elif isinstance(site, Refusal):
             outcomes.append(("kept", f"{site.reason} (at {site.node})", tokens))
         else:
             chosen = [each[method.kind].get(node, method) for method in methods]
-            outcomes.append(_rewrite_site(surgeon, site, finest.index(site.grid), chosen))
+            placed = replace(site, first=firsts[site.grid, site.batch])
+            outcomes.append(_rewrite_site(surgeon, placed, finest.index(site.grid), chosen))
     outcomes.reverse()
     surgeon.finish()
     after = _module_flops(result.graph)
     uses = Counter(names)
     grids = [site.grid if isinstance(site, AttentionSite) else None for _, site in found]
     records = tuple(
-        SiteRecord(name, action, reason, tokens, left, place, finest.index(place) + 1 if place else None,
+        SiteRecord(name, action, reason, tokens, left, sides, finest.index(sides) + 1 if sides else None,
                    before[name] // uses[name], after[name] // uses[name])
-        for name, (action, reason, left), tokens, place in zip(names, outcomes, rows, grids, strict=True)
+        for name, (action, reason, left), tokens, sides in zip(names, outcomes, rows, grids, strict=True)
     )  # fmt: skip
     return Rewritten(result, records, flops_before, flops(result.graph.nodes))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 
 from bigain_fx.passes.axes import aten
 
+Made = TypeVar("Made")
 BRANCH = "bigain_branch"
 """Key in the ``meta`` of emitted nodes: the name of the merge with whose tokens they go on, or nothing."""
 # Torch calls these impure, for the random numbers that they could draw.
@@ -35,7 +36,7 @@ class Surgeon:
         self.module, self.graph = module, module.graph
         self._values: dict[str, Any] = {}
         self._constants: dict[str, Node] = {}
-        self._made: dict[Any, Node] = {}
+        self._made: dict[Any, Any] = {}
         vals = [node.meta.get("val") for node in module.graph.nodes]
         self._mode = next((value.fake_mode for value in vals if hasattr(value, "fake_mode")), None) or FakeTensorMode()
 
@@ -71,12 +72,13 @@ class Surgeon:
             node.meta["val"] = self._mode.from_tensor(getattr(self.module, name), static_shapes=True)
         return self._constants[name]
 
-    def once(self, key: Any, after: Node, make: Callable[[], Node]) -> Node:
+    def once(self, key: Any, after: Node, make: Callable[[], Made]) -> Made:
         """What ``make`` emits right behind ``after``, made at the first call with this ``key``."""
         if key not in self._made:
             with self.after(after):
                 self._made[key] = make()
-        return self._made[key]
+        made: Made = self._made[key]
+        return made
 
     @contextmanager
     def after(self, node: Node) -> Iterator[None]:

@@ -123,11 +123,15 @@ def merged_count(grid: Pair, cell: Pair, ratio: float) -> int:
     return min(int(tokens * ratio), tokens - len(cell_tokens(grid, cell)))
 
 
-def match(metric: Tensor, chosen: Sequence[Sequence[int]]) -> list[list[tuple[int, int, float]]]:
-    """For each sample, ``(source, destination, similarity)`` of every source in token order.
+def match(
+    metric: Tensor, chosen: Sequence[Sequence[int]], grid: Pair | None = None, window: Pair | None = None
+) -> list[list[tuple[int, int, float]]]:
+    """For each sample, ``(source, destination, similarity)`` of every source, window by window and in token order.
 
-    The destination is the most similar one by cosine, on a tie that of lowest token index.
+    The destination is the most similar one of the window by cosine, on a tie that of lowest token index.
     """
+    tokens = range(metric.shape[1])
+    windows = [list(tokens)] if grid is None or window is None else cell_tokens(grid, window)
     values = _numpy(metric)
     result = []
     for b in range(values.shape[0]):
@@ -135,27 +139,35 @@ def match(metric: Tensor, chosen: Sequence[Sequence[int]]) -> list[list[tuple[in
         for token in range(values.shape[1]):
             norm = np.sqrt(np.sum(values[b, token] * values[b, token], dtype=np.float32))
             unit.append(values[b, token] / max(norm, np.float32(1e-12)))
-        ordered = sorted(chosen[b])
         matches = []
-        for source in range(values.shape[1]):
-            if source in chosen[b]:
-                continue
-            best, highest = -1, -np.inf
-            for destination in ordered:
-                similarity = float(np.dot(unit[source], unit[destination]))
-                if similarity > highest:
-                    best, highest = destination, similarity
-            matches.append((source, best, highest))
+        for members in windows:
+            ordered = sorted(set(chosen[b]) & set(members))
+            for source in members:
+                if source in ordered:
+                    continue
+                best, highest = -1, -np.inf
+                for destination in ordered:
+                    similarity = float(np.dot(unit[source], unit[destination]))
+                    if similarity > highest:
+                        best, highest = destination, similarity
+                matches.append((source, best, highest))
         result.append(matches)
     return result
 
 
-def merge_plan(metric: Tensor, grid: Pair, cell: Pair, merged: int, positions: Sequence[int] | None = None) -> Plan:
-    """The plan that merges the ``merged`` most similar sources (lowest source index on a tie), metric (B, N, C)."""
+def merge_plan(
+    metric: Tensor,
+    grid: Pair,
+    cell: Pair,
+    merged: int,
+    positions: Sequence[int] | None = None,
+    window: Pair | None = None,
+) -> Plan:
+    """The plan that merges the ``merged`` most similar sources (on a tie the first), metric (B, N, C)."""
     chosen = destinations(laplacian_score(metric, grid), grid, cell, positions)
     assign, rep = [], []
-    for matches in match(metric, chosen):
-        ranked = sorted(matches, key=lambda item: (-item[2], item[0]))
+    for matches in match(metric, chosen, grid, window):
+        ranked = sorted(matches, key=lambda item: -item[2])
         target = {source: destination for source, destination, _ in ranked[:merged]}
         kept = [token for token in range(metric.shape[1]) if token not in target]
         rep.append(kept)

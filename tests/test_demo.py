@@ -11,6 +11,7 @@ import torch
 
 import bigain_fx as bgx
 from bigain_fx import demo, demo_report, embedded
+from bigain_fx.stopwatch import interleaved
 from tests.test_sample import _one_thread, tiny  # noqa: F401
 
 PICTURES = {"mnist-dit-digits.png", "accuracy-and-time.png"}
@@ -153,7 +154,7 @@ def test_the_verdict_is_plain_about_time(quartiles: tuple[float, float], words: 
 
 def test_timed_calls_take_turns() -> None:
     order: list[str] = []
-    seconds = demo.interleaved([lambda: order.append("a"), lambda: order.append("b")], rounds=2)
+    seconds = interleaved([lambda: order.append("a"), lambda: order.append("b")], rounds=2)
     assert [len(found) for found in seconds] == [2, 2]
     assert "".join(order) == "ba" + "ab" + "ba"
 

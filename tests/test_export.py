@@ -25,6 +25,7 @@ from tests.test_optimize import dit, unet
 from tests.test_sample import _one_thread  # noqa: F401
 
 BETTER = "bigain-tm:0.7:proportional=true:unmerge=blend"
+CHEAP = "bigain-tm:0.7:share=resolution:window=8"
 METHODS = [
     "dense",
     "bigain-tm:0.7",
@@ -59,6 +60,7 @@ OURS = {
         "KVDownsample": 1, "LaplacianMergePlan": 1, "LinearAlpha": 0, "Merge": 1, "Unmerge": 1,
     },
     BETTER: {"LaplacianMergePlan": 1, "Merge": 1, "GroupSizes": 1, "NearestGroups": 1, "Blend": 1},
+    CHEAP: {"LaplacianMergePlan": 0, "Merge": 1, "Unmerge": 1},
 }  # fmt: skip
 """Functions of ours, as many a rewritten attention; 0 is one for all of them."""
 
@@ -88,7 +90,7 @@ FAST = {
 CASES = [
     pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
     for case in ((name, method, dtype) for name in REWRITTEN for method in METHODS for dtype in BOUNDS)
-]
+] + [pytest.param("mnist-unet", CHEAP, torch.float32)]
 
 
 @pytest.mark.parametrize(("name", "method", "dtype"), CASES)

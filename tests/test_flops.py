@@ -74,3 +74,5 @@ def test_the_part_of_the_plan() -> None:
     cells = ROWS * COLUMNS // 4
     assert plan_flops(captured.graph.nodes) == 0
     assert plan_flops(merged.graph.nodes) == 2 * 2 * 3 * cells * cells * C
+    windowed = rewrite(captured, normalize(bgx.LaplacianMerge(0.5, window=2))).module
+    assert plan_flops(windowed.graph.nodes) == 2 * 2 * 3 * cells * C

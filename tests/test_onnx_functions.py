@@ -13,7 +13,19 @@ from torch import Tensor
 
 from bigain_fx.export.functions import DOMAIN, FUNCTIONS, VERSION
 from tests import oracle
-from tests.test_ops import ALPHAS, GRIDS, LAYOUTS, Pair, assert_same_plan, cap, four_equal, one_hot, random_offsets
+from tests.test_ops import (
+    ALPHAS,
+    GRIDS,
+    LAYOUTS,
+    WINDOWS,
+    Pair,
+    assert_same_plan,
+    cap,
+    four_equal,
+    one_hot,
+    random_offsets,
+    zeros,
+)
 
 OPSETS = [18, 20, 23]
 INT64, FLOAT, FLOAT16 = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
@@ -47,11 +59,15 @@ def run(name: str, inputs: list[Tensor], outputs: list[tuple[int, int]], opset: 
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def plan_of(metric: Tensor, grid: Pair, cell: Pair, merged: int, offsets: list[int] | None, opset: int = 20) -> Any:
+def plan_of(
+    metric: Tensor, grid: Pair, cell: Pair, merged: int, offsets: list[int] | None, opset: int = 20,
+    window: Pair | None = None,
+) -> Any:  # fmt: skip
     inputs, name = [metric], "LaplacianMergePlan"
     if offsets is not None:
         inputs, name = [metric, torch.tensor([offsets])], "MergePlan"
-    return oracle.Plan(*run(name, inputs, [(INT64, 2)] * 2, opset, grid=grid, cell=cell, merged=merged))
+    attributes = {"grid": grid, "cell": cell, "window": window or grid, "merged": merged}
+    return oracle.Plan(*run(name, inputs, [(INT64, 2)] * 2, opset, **attributes))
 
 
 @pytest.mark.parametrize("opset", OPSETS)
@@ -64,6 +80,17 @@ def test_plan(grid: Pair, cell: Pair, given: bool, opset: int) -> None:
     plan = plan_of(metric, grid, cell, merged, offsets, opset)
     assert_same_plan(plan, oracle.merge_plan(metric, grid, cell, merged, offsets))
     assert plan.rep.shape == (2, grid[0] * grid[1] - merged)
+
+
+@pytest.mark.parametrize(("grid", "cell", "window"), WINDOWS)
+@pytest.mark.parametrize("make", [torch.randn, zeros])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_plan_in_windows(
+    make: Callable[[int, int, int], Tensor], grid: Pair, cell: Pair, window: Pair, share: float
+) -> None:
+    metric, merged = make(2, grid[0] * grid[1], 6), max(1, oracle.merged_count(grid, cell, share * cap(cell)))
+    plan = plan_of(metric, grid, cell, merged, None, window=window)
+    assert_same_plan(plan, oracle.merge_plan(metric, grid, cell, merged, None, window))
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,12 @@ def zeros(batch: int, tokens: int, channels: int) -> Tensor:
 TIES: list[Callable[[int, int, int], Tensor]] = [one_hot, four_equal, with_zeros, constant, zeros]
 
 
-def plan_of(metric: Tensor, grid: Pair, cell: Pair, merged: int, offsets: list[int] | None = None) -> oracle.Plan:
+def plan_of(
+    metric: Tensor, grid: Pair, cell: Pair, merged: int, offsets: list[int] | None = None, window: Pair | None = None
+) -> oracle.Plan:
     """The op's plan."""
     position = None if offsets is None else torch.tensor(offsets)
-    return oracle.Plan(*BIGAIN.merge_plan(metric, grid, cell, merged, position))
+    return oracle.Plan(*BIGAIN.merge_plan(metric, grid, cell, merged, position, window))
 
 
 def assert_same_plan(plan: oracle.Plan, expected: oracle.Plan) -> None:
@@ -198,6 +200,41 @@ def test_plan_invariants(grid: Pair, cell: Pair, given: bool) -> None:
 def test_plan_at_1024_tokens(make: Callable[[int, int, int], Tensor]) -> None:
     metric = make(1, 1024, 16)
     assert_same_plan(plan_of(metric, (32, 32), (2, 2), 716), oracle.merge_plan(metric, (32, 32), (2, 2), 716))
+
+
+WINDOWS: list[tuple[Pair, Pair, Pair]] = [
+    ((8, 8), (2, 2), (4, 4)), ((8, 12), (2, 2), (8, 2)), ((6, 8), (2, 4), (2, 8)), ((9, 6), (3, 3), (3, 6)),
+    ((8, 7), (2, 2), (4, 7)), ((4, 6), (2, 2), (2, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [torch.randn, one_hot, four_equal, zeros])
+@pytest.mark.parametrize(("grid", "cell", "window"), WINDOWS)
+@pytest.mark.parametrize("share", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("given", [False, True])
+def test_plan_in_windows_equals_oracle(
+    make: Callable[[int, int, int], Tensor], grid: Pair, cell: Pair, window: Pair, share: float, given: bool
+) -> None:
+    metric = make(2, grid[0] * grid[1], 8)
+    merged = max(1, oracle.merged_count(grid, cell, share * cap(cell)))
+    offsets = random_offsets(grid, cell) if given else None
+    plan = plan_of(metric, grid, cell, merged, offsets, window)
+    assert_same_plan(plan, oracle.merge_plan(metric, grid, cell, merged, offsets, window))
+    if make is torch.randn and share == 1.0:
+        tiles = {token: index for index, tile in enumerate(oracle.cell_tokens(grid, window)) for token in tile}
+        assert all(tiles[token] == tiles[rep] for row in plan.token_map() for token, rep in enumerate(row))
+
+
+@pytest.mark.parametrize(
+    ("grid", "cell", "window", "sides"),
+    [
+        ((64, 64), (2, 2), None, (64, 64)), ((64, 64), (2, 2), 16, (16, 16)), ((96, 96), (2, 2), 16, (16, 16)),
+        ((64, 64), (2, 2), 100, (64, 64)), ((60, 44), (2, 2), 16, (12, 4)), ((64, 9), (2, 2), 8, (8, 9)),
+        ((12, 12), (3, 4), 5, (3, 4)), ((8, 8), (4, 4), 3, (8, 8)), ((15, 8), (3, 2), 8, (3, 8)),
+    ],
+)  # fmt: skip
+def test_windows_divide_the_grid_and_hold_whole_cells(grid: Pair, cell: Pair, window: int | None, sides: Pair) -> None:
+    assert ops.window_sides(grid, cell, window) == sides
 
 
 def test_samples_do_not_affect_each_other() -> None:

@@ -22,6 +22,7 @@ def op_samples() -> list[tuple[str, Any, tuple[Any, ...]]]:
     return [
         ("merge_plan", BIGAIN.merge_plan.default, (x, (5, 7), (2, 2), 20)),
         ("merge_plan-position", BIGAIN.merge_plan.default, (x, (5, 7), (2, 2), 20, torch.tensor([0, 1, 2, 3, 0, 1]))),
+        ("merge_plan-window", BIGAIN.merge_plan.default, (x, (5, 7), (1, 2), 20, None, (5, 7))),
         ("merge_plan-bfloat16", BIGAIN.merge_plan.default, (x.bfloat16(), (5, 7), (2, 2), 20)),
         ("row_positions", BIGAIN.row_positions.default, (x, (5, 7), (2, 2))),
         ("pool_plan", BIGAIN.pool_plan.default, (x, (5, 7), (2, 2), 4)),

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from bigain_fx import embedded
-from bigain_fx.demo import check_backend, interleaved, make_folder
+from bigain_fx.demo import check_backend, make_folder
 from bigain_fx.demo_report import machine
 from bigain_fx.denoiser import optimize
 from bigain_fx.embedded.data import data_set
@@ -28,6 +28,7 @@ from bigain_fx.evidence.data_sets import open_data
 from bigain_fx.evidence.evaluate import Evaluation, Measured, Samples, Settings
 from bigain_fx.passes.errors import InputError, first_line
 from bigain_fx.passes.methods import Methods
+from bigain_fx.stopwatch import interleaved
 from bigain_fx.subject import Subject, image_size, load_pipeline, open_subject
 
 EAGER = "dense, eager"

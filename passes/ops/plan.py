@@ -16,7 +16,12 @@ NEAREST, SHARPNESS = 3, 5.0
 
 
 def merge_plan(
-    metric: Tensor, grid: Sequence[int], cell: Sequence[int], merged: int, position: Tensor | None = None
+    metric: Tensor,
+    grid: Sequence[int],
+    cell: Sequence[int],
+    merged: int,
+    position: Tensor | None = None,
+    window: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decide which ``merged`` tokens fold into which destination (``docs/operators.md``, "Plan").
 
@@ -27,31 +32,40 @@ def merge_plan(
         merged: number of sources that merge, at most the number of tokens that are no destination.
         position: ``(cells,)`` or ``(B, cells)`` int64, the destination's offset in each cell; None elects the token
             of lowest Laplacian score.
+        window: ``(rows, columns)`` that divide the grid and hold whole cells (:func:`window_sides`): a source merges
+            within its window. None is the whole grid.
 
     Returns:
         ``assign (B, N)`` int64 into ``[0, M)`` and ``rep (B, M)`` int64 into ``[0, N)``, ``M = N - merged``.
-        Destinations come first, in token order, then the tokens that stand alone.
+        Destinations come first, window by window and in token order, then the tokens that stand alone.
     """
-    batch, tokens, _ = metric.shape
+    batch, tokens, channels = metric.shape
     members = cell_tokens(grid, cell, metric.device)
     if position is None:
         position = lowest_scoring(laplacian_score(metric, grid), grid, cell)
     else:
         position = position.expand(batch, -1)
     elected = members.expand(batch, -1, -1).gather(2, position.unsqueeze(-1)).squeeze(-1)
-    is_destination = torch.zeros(batch, tokens, dtype=torch.int32, device=metric.device).scatter(1, elected, 1)
-    # A stable sort of the mask lists the sources, then the destinations, each in token order.
-    sources, destinations = is_destination.argsort(dim=1, stable=True).tensor_split([tokens - len(members)], 1)
+    # Destinations lifted above all others: a sort lists the sources of each window, then its destinations.
+    index = torch.arange(tokens, device=metric.device).expand(batch, -1)
+    lifted = index.scatter(1, elected, elected + tokens)
+    windows = cell_tokens(grid, grid if window is None else window, metric.device)
+    each = len(members) // len(windows)
+    sources, destinations = lifted[:, windows].sort(-1).values.tensor_split([windows.shape[1] - each], -1)
+    sources, destinations = sources.flatten(1), destinations.flatten(1) - tokens
 
     unit = _unit(metric.float())
+    apart = (batch * len(windows), -1, channels)
     with _no_autocast(metric.device.type):
-        similarity, match = (_rows(unit, sources) @ _rows(unit, destinations).mT).max(-1)
-    folded, alone = similarity.argsort(dim=1, descending=True, stable=True).tensor_split([merged], 1)
+        similarity, match = (_rows(unit, sources).view(apart) @ _rows(unit, destinations).view(apart).mT).max(-1)
+    first = torch.arange(0, len(members), each, device=metric.device).view(-1, 1)
+    match = (match.view(batch, len(windows), -1) + first).flatten(1)
+    ranked = similarity.view(batch, -1).argsort(dim=1, descending=True, stable=True)
+    folded, alone = ranked.tensor_split([merged], 1)
 
-    standing = sources.gather(1, alone)
-    rep = torch.cat([destinations, standing], 1)
+    rep = torch.cat([destinations, sources.gather(1, alone)], 1)
     group = torch.arange(rep.shape[1], device=metric.device).expand_as(rep)
-    assign = torch.zeros_like(is_destination, dtype=torch.int64).scatter(1, rep, group)
+    assign = torch.zeros_like(index).scatter(1, rep, group)
     return assign.scatter(1, sources.gather(1, folded), match.gather(1, folded)), rep
 
 

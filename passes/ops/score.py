@@ -40,6 +40,21 @@ def cell_tokens(grid: Sequence[int], cell: Sequence[int], device: torch.device) 
     return index.view(down, rows, across, columns).transpose(1, 2).reshape(down * across, rows * columns)
 
 
+def window_sides(grid: Sequence[int], cell: Sequence[int], window: int | None) -> tuple[int, int]:
+    """Rows and columns of the windows that tile ``grid``: the largest that divide it and hold whole cells.
+
+    They are at most ``window`` tokens long; an axis of which no such part is found, or any at None, stays whole.
+    """
+    rows, columns = (
+        _longest(side, of, side if window is None else window) for side, of in zip(grid, cell, strict=True)
+    )
+    return rows, columns
+
+
+def _longest(side: int, cell: int, limit: int) -> int:
+    return max((part for part in range(cell, limit + 1, cell) if side % part == 0), default=side)
+
+
 def lowest_scoring(score: Tensor, grid: Sequence[int], cell: Sequence[int]) -> Tensor:
     """Offset, within each complete cell, of its token of lowest score: ``(B, cells)`` int64, first on a tie."""
     return score[:, cell_tokens(grid, cell, score.device)].argmin(-1)

@@ -1,0 +1,207 @@
+"""The go/no-go of ``optimize(select="auto")``: an attention is rewritten only where that is faster on this device.
+
+What a rewrite does to one attention is the difference of two graphs: the nodes of the dense one that are gone or read
+something else, and those that are there instead. Both are compiled by themselves and called in turns on random tensors
+of the right shapes. The plan is timed apart from the rest, since attentions may share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import operator
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from bigain_fx.passes.errors import first_line
+from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.methods import MergeMethod, Methods
+from bigain_fx.passes.ops import DECIDING
+from bigain_fx.passes.pipeline import Rewritten, SiteRecord, rewrite
+from bigain_fx.regions import as_function, boundary, described, own_cache, sources_digest
+from bigain_fx.stopwatch import interleaved, synchronizer
+
+log = logging.getLogger("bigain_fx")
+
+ROUNDS, SECONDS = (9, 60), 1.0
+"""At least and at most so many rounds, and as many as fit into the time."""
+Compile = Callable[[GraphModule], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Milliseconds of one call: the quartiles over the rounds."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one attention costs: dense, and rewritten without the plan; and what the plan costs."""
+
+    dense: Span
+    rewritten: Span
+    plan: Span
+
+
+def rewrite_where_faster(
+    module: GraphModule, methods: Methods, grid: Grid | None, compile: Compile, setup: str
+) -> Rewritten:
+    """As :func:`bigain_fx.passes.pipeline.rewrite`, but attentions that are no faster rewritten are kept.
+
+    Those that do the same at the same shapes are measured once, and those that share a plan are decided together. The
+    upper quartile of what is new has to lie below the lower quartile of what is dense.
+
+    Args:
+        module, methods, grid: as for ``rewrite``.
+        compile: how a graph is compiled.
+        setup: what the times depend on beside the graph, for the cache: backend, mode, options.
+
+    Raises:
+        BigainError: as for ``rewrite``.
+    """
+    everything = rewrite(module, methods, grid)
+    places = [place for place, record in enumerate(everything.records) if record.action != "kept"]
+    if not places:
+        return everything
+    dense = rewrite(module, (), grid).module
+    groups: dict[Any, list[int]] = {}
+    for place in places:
+        groups.setdefault(_kind(everything.records[place]), []).append(place)
+    costs: dict[int, Cost] = {}
+    kept: dict[int, str] = {}
+    for members in groups.values():
+        alone = rewrite(module, methods, grid, dict.fromkeys(set(places) - {members[0]}, "")).module
+        try:
+            costs |= dict.fromkeys(members, _cost(dense, alone, compile, setup))
+        except Exception as error:  # whatever a backend raises: what cannot be measured stays dense
+            reason = first_line(getattr(error, "inner_exception", error))  # what Dynamo wraps
+            kept |= dict.fromkeys(members, f"not measured: {reason}")
+    shared = any(isinstance(method, MergeMethod) and method.share == "resolution" for method in methods)
+    together: dict[Any, list[int]] = {}
+    for place in costs:
+        record = everything.records[place]
+        together.setdefault((record.grid, record.tokens_after) if shared else _kind(record), []).append(place)
+    times: dict[int, tuple[float, float]] = {}
+    for members in together.values():
+        plans = 1 / len(members) if shared else 1.0
+        spared = sum(costs[place].dense.low - costs[place].rewritten.high - plans * costs[place].plan.high
+                     for place in members)  # fmt: skip
+        for place in members:
+            cost = costs[place]
+            times[place] = cost.dense.median, cost.rewritten.median + plans * cost.plan.median
+            if spared <= 0:
+                before, after = times[place]
+                kept[place] = f"no faster on this device: {before:.3g} ms dense, {after:.3g} ms rewritten"
+    chosen = rewrite(module, methods, grid, kept) if kept else everything
+    records = tuple(
+        replace(record, ms=times[place][0], ms_after=times[place][place not in kept]) if place in times else record
+        for place, record in enumerate(chosen.records)
+    )
+    return replace(chosen, records=records)
+
+
+def _kind(record: SiteRecord) -> tuple[Any, ...]:
+    """What attentions have in common that cost the same."""
+    return record.action, record.grid, record.tokens, record.tokens_after, record.flops
+
+
+def _cost(dense: GraphModule, alone: GraphModule, compile: Compile, setup: str) -> Cost:
+    """What the rewrite costs that makes ``alone`` of ``dense``, measured now or earlier."""
+    before, after = _changed(dense, alone), _changed(alone, dense)
+    deciding = _deciding(after)
+    plan, rest = [node for node in after if node in deciding], [node for node in after if node not in deciding]
+    device = next(value.device for node in before if isinstance(value := node.meta["val"], Tensor))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    about = (setup, torch.__version__, sources_digest(), name, os.cpu_count(), torch.get_num_threads())
+    text = str((about, *(described(part, *boundary(part)) for part in (before, rest, plan))))
+    file = Path(cache_dir()) / "bigain_fx" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    if file.is_file():
+        return Cost(**{part: Span(**span) for part, span in json.loads(file.read_text()).items()})
+    values: dict[str, Any] = {}
+    with torch.no_grad(), own_cache():
+        calls = [
+            _ready(part, module, values, compile) for part, module in ((before, dense), (plan, alone), (rest, alone))
+        ]
+        spans = _spans(calls, device)
+    found = Cost(dense=spans[0], plan=spans[1], rewritten=spans[2])
+    _store(file, json.dumps(asdict(found)))
+    return found
+
+
+def _changed(module: GraphModule, other: GraphModule) -> list[Node]:
+    """The calls in ``module`` that ``other`` does not have, or that read something else there."""
+    there = {node.name: _call(node) for node in other.graph.nodes}
+    calls = [node for node in module.graph.nodes if node.op == "call_function"]
+    return [node for node in calls if there.get(node.name) != _call(node)]
+
+
+def _call(node: Node) -> tuple[Any, ...]:
+    return node.target, map_arg((node.args, node.kwargs), lambda operand: operand.name)
+
+
+def _deciding(nodes: Sequence[Node]) -> set[Node]:
+    """What works out the plan among ``nodes``: the operators that decide, what they alone read, and their results."""
+    found: set[Node] = set()
+    for node in reversed(nodes):
+        if node.target in DECIDING or any(user in found for user in node.users):
+            found.add(node)
+    return found | {node for node in nodes if node.target is operator.getitem and node.args[0] in found}
+
+
+def _ready(
+    nodes: Sequence[Node], module: GraphModule, values: dict[str, Any], compile: Compile
+) -> Callable[[], object]:
+    """A compiled call of ``nodes``; ``values``, by node, holds what was made so far and takes its results."""
+    if not nodes:
+        return lambda: None
+    inputs, outputs = boundary(nodes)
+    for node in inputs:
+        if node.op == "get_attr":
+            values[node.name] = operator.attrgetter(str(node.target))(module)
+        elif node.name not in values:
+            values[node.name] = pytree.tree_map_only(Tensor, _random, node.meta["val"])
+    run, arguments = compile(as_function(nodes, inputs, outputs)), [values[node.name] for node in inputs]
+    results = run(*arguments)
+    values |= dict(zip((node.name for node in outputs), results, strict=True))
+    return lambda: run(*arguments)
+
+
+def _random(like: Tensor) -> Tensor:
+    """Normal numbers, zeros for integers, in the shape and strides of ``like``."""
+    length = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    flat = torch.zeros(length, dtype=like.dtype, device=like.device)
+    return (flat.normal_() if like.is_floating_point() else flat).as_strided(like.shape, like.stride())
+
+
+def _spans(calls: Sequence[Callable[[], object]], device: torch.device) -> list[Span]:
+    wait = synchronizer(device)
+    first = sum(map(sum, interleaved(calls, 1, wait)))
+    rounds = min(max(ROUNDS[0], int(SECONDS / first)), ROUNDS[1])
+    quartiles = [statistics.quantiles(seconds, n=4) for seconds in interleaved(calls, rounds, wait)]
+    return [Span(*(1e3 * second for second in spans)) for spans in quartiles]
+
+
+def _store(file: Path, text: str) -> None:
+    """Keep ``text`` for other processes; where that cannot be written, they measure again."""
+    temporary = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        os.replace(temporary, file)
+    except OSError as error:
+        log.info("times are not kept: %s", error)

@@ -1,0 +1,207 @@
+"""The go/no-go: what it compares, how it decides, what it keeps for the next time, and a tiny grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bigain_fx as bgx
+from bigain_fx import select
+from bigain_fx.capture import capture
+from bigain_fx.passes.methods import normalize
+from bigain_fx.passes.pipeline import rewrite
+from tests.test_scope import Blocks
+from tests.toys import C, H, N, Separate, W
+
+Times = tuple[float, float, float]
+"""Seconds of the dense attention, of its plan, and of what else the rewrite makes of it."""
+INPUTS = {"image": torch.randn(2, 3, H, W), "text": torch.randn(2, 5, C)}
+MERGE = bgx.LaplacianMerge(0.5)
+BOTH = (MERGE, bgx.KVDownsample(2))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(select, "cache_dir", lambda: str(tmp_path))
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Makes every round take the given times; returns the number of calls of each measurement."""
+
+    def set_times(*times: Times) -> list[int]:
+        measured: list[int] = []
+        pending = list(times)
+
+        def interleaved(calls: Sequence[Callable[[], object]], rounds: int, wait: Any) -> list[tuple[float, ...]]:
+            for call in calls:
+                call()
+            if rounds == 1:
+                measured.append(len(calls))
+                return [(0.1,)] * len(calls)
+            taken = pending.pop(0) if len(pending) > 1 else pending[0]
+            return [(seconds,) * rounds for seconds in taken]
+
+        monkeypatch.setattr(select, "interleaved", interleaved)
+        return measured
+
+    return set_times
+
+
+def optimized(method: Any, model: nn.Module | None = None, inputs: Any = None, **kwargs: Any) -> bgx.OptimizedDenoiser:
+    torch.manual_seed(0)
+    model = Blocks().eval() if model is None else model
+    return bgx.optimize(
+        model, kwargs=inputs or INPUTS, method=method, **{"backend": "eager", "select": "auto"} | kwargs
+    )
+
+
+def merges(report: bgx.Report) -> list[str]:
+    return [site.action for site in report.sites if site.grid is not None]
+
+
+@pytest.mark.parametrize(("method", "backend"), [(MERGE, "eager"), (MERGE, "inductor"), (BOTH, "eager")], ids=str)
+def test_on_a_tiny_grid_nothing_is_won_and_the_graph_is_the_dense_one(method: Any, backend: str) -> None:
+    model, image = Separate().eval(), {"image": torch.randn(1, 3, H, W)}
+    fast = optimized(method, model, image, backend=backend)
+    assert [site.action for site in fast.report.sites] == ["kept"]
+    assert "no faster on this device: " in fast.report.sites[0].reason
+    assert not [node for node in fast.prepare(**image).graph.graph.nodes if "bigain" in str(node.target)]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**image), model(**image), rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_plan_two_calls_are_compared() -> None:
+    (site,) = optimized(bgx.KVDownsample(2), Separate().eval(), {"image": torch.randn(1, 3, H, W)}).report.sites
+    assert site.ms is not None
+    assert (site.ms == site.ms_after) == (site.action == "kept")
+
+
+@pytest.mark.parametrize(
+    ("share", "times", "expected"),
+    [
+        ("none", (0.010, 0.002, 0.003), ["merge", "merge"]),
+        ("none", (0.010, 0.006, 0.005), ["kept", "kept"]),
+        ("resolution", (0.010, 0.006, 0.005), ["merge", "merge"]),  # one plan for two: 5 ms and 3 ms against 10 ms
+        ("resolution", (0.010, 0.012, 0.005), ["kept", "kept"]),
+    ],
+)
+def test_an_attention_is_rewritten_if_that_is_faster(
+    share: str, times: Times, expected: list[str], timed: Callable[..., list[int]]
+) -> None:
+    measured = timed(times)
+    fast = optimized(bgx.LaplacianMerge(0.5, share=share))
+    assert measured == [3], "what is alike is measured once"
+    assert merges(fast.report) == expected
+    plans = 1.0 if share == "none" else 0.5
+    rewritten = 1e3 * (times[2] + plans * times[1])
+    for site in fast.report.sites:
+        if site.grid is None:
+            assert (site.ms, site.ms_after) == (None, None)
+            continue
+        assert site.ms == pytest.approx(1e3 * times[0])
+        assert site.ms_after == pytest.approx(rewritten if site.action == "merge" else site.ms)
+    saved = 2 * (1e3 * times[0] - rewritten) if "merge" in expected else 0
+    assert fast.report.saved_ms == pytest.approx(saved)
+    assert f"measured {saved:.3g} ms less a call" in fast.report.headline
+    assert fast.report.columns[-2] == "ms"
+
+
+def test_the_output_is_that_of_the_rewrite_without_selection(timed: Callable[..., list[int]]) -> None:
+    timed((0.010, 0.001, 0.001))
+    expected = optimized(MERGE, select="all")
+    assert expected.report.saved_ms is None
+    assert "ms" not in expected.report.columns
+    torch.testing.assert_close(optimized(MERGE)(**INPUTS), expected(**INPUTS))
+
+
+def test_attentions_that_differ_are_decided_apart(timed: Callable[..., list[int]]) -> None:
+    measured = timed((0.010, 0.001, 0.001), (0.010, 0.009, 0.009))
+    fast = optimized(bgx.LaplacianMerge((0.5, 0.25)))
+    assert measured == [3, 3]
+    assert merges(fast.report) == ["merge", "kept"]
+    assert [site.tokens_after for site in fast.report.sites if site.grid] == [N - N // 2, N]
+
+
+def test_a_gain_within_the_scatter_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    scattered = [(0.010, 0.011, 0.012) * 4, (0.0,) * 12, (0.0095, 0.0105, 0.0115) * 4]
+    monkeypatch.setattr(select, "interleaved", lambda calls, rounds, wait: [each[:rounds] for each in scattered])
+    for call in (False, True):
+        scattered[2] = (0.004, 0.005, 0.006) * 4 if call else scattered[2]
+        assert (
+            merges(optimized(bgx.LaplacianMerge(0.5, metric="input" if call else "auto")).report)
+            == ["merge" if call else "kept"] * 2
+        )
+
+
+def test_times_are_kept_and_belong_to_one_setup(timed: Callable[..., list[int]], tmp_path: Path) -> None:
+    measured = timed((0.010, 0.001, 0.001))
+    for _ in range(2):
+        assert merges(optimized(MERGE).report) == ["merge"] * 2
+    assert measured == [3]
+    (file,) = (tmp_path / "bigain_fx").iterdir()
+    assert json.loads(file.read_text())["dense"]["median"] == pytest.approx(10)
+    optimized(MERGE, backend="aot_eager")
+    optimized(bgx.LaplacianMerge(0.25))
+    optimized(MERGE, inputs={"image": INPUTS["image"][:1], "text": INPUTS["text"][:1]})
+    assert measured == [3] * 4
+
+
+def test_where_times_cannot_be_kept_they_are_measured_again(
+    timed: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(select, "cache_dir", lambda: str(tmp_path / "file"))
+    measured = timed((0.010, 0.001, 0.001))
+    for _ in range(2):
+        assert merges(optimized(MERGE).report) == ["merge"] * 2
+    assert measured == [3, 3]
+
+
+def test_what_cannot_be_measured_stays_dense_and_says_why() -> None:
+    def broken(module: Any, inputs: Any) -> Any:
+        raise RuntimeError("out of registers\nand more")
+
+    report = optimized(MERGE, backend=broken).report
+    assert merges(report) == ["kept"] * 2
+    assert "out of registers" in report.sites[0].reason
+    assert report.sites[0].reason.startswith("not measured: ")
+
+
+def difference(method: Any) -> tuple[list[str], list[str]]:
+    """Operators of the attention that is dense, and of what is there instead, at the one attention of a toy."""
+    module = capture(Separate().eval(), {"image": torch.randn(2, 3, H, W)}).module
+    dense, alone = rewrite(module, ()).module, rewrite(module, normalize(method)).module
+    found = [select._changed(dense, alone), select._changed(alone, dense)]
+    before, after = ([str(node.target).removesuffix(".default").split(".")[-1] for node in nodes] for nodes in found)
+    return before, after
+
+
+def test_what_is_compared_is_the_attention_and_nothing_else() -> None:
+    before, after = difference(MERGE)
+    assert before.count("linear") == after.count("linear") == 4
+    assert {"merge_plan", "merge", "unmerge", "scaled_dot_product_attention"} <= set(after)
+    assert "conv2d" not in before + after
+    before, after = difference(bgx.KVDownsample(2))
+    assert before.count("linear") == after.count("linear") == 2
+    assert before.count("scaled_dot_product_attention") == after.count("scaled_dot_product_attention") == 1
+    assert "kv_downsample" in after
+
+
+def test_random_inputs_have_the_layout_of_the_real_ones() -> None:
+    flat = torch.zeros(2, dtype=torch.int64)
+    for like in (torch.empty(2, 3, 4).transpose(1, 2), torch.empty(3, 1).expand(3, 4), flat, torch.empty(())):
+        made: Tensor = select._random(like)
+        assert (made.shape, made.stride(), made.dtype) == (like.shape, like.stride(), like.dtype)
+        assert bool(made.isfinite().all())
+
+
+def test_select_is_checked() -> None:
+    with pytest.raises(bgx.InputError, match="select='fast' must be 'all' or 'auto'"):
+        bgx.optimize(Separate().eval(), method=MERGE, select="fast")  # type: ignore[call-overload]

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from bigain_fx.passes import ops
 from bigain_fx.passes.arguments import memory_of, mutates
 from bigain_fx.passes.ops import DECIDING
+from bigain_fx.passes.ops.kernels import switched_on
 from bigain_fx.passes.surgery import BRANCH
 
 
@@ -44,9 +45,10 @@ def as_regions(module: GraphModule) -> None:
 
 @contextmanager
 def own_cache() -> Iterator[None]:
-    """Cache what is compiled meanwhile under our operators' source too: torch's key has only their names."""
+    """Cache what is compiled meanwhile under our operators' source and switch too: torch's key has only their names."""
     config: Any = torch.compiler.config
-    with config.patch(cache_key_tag=f"{config.cache_key_tag} bigain-fx {sources_digest()}"):
+    kernels = "".join(f" kernels-{device}" for device in ("cpu", "cuda") if switched_on(device))
+    with config.patch(cache_key_tag=f"{config.cache_key_tag} bigain-fx {sources_digest()}{kernels}"):
         yield
 
 

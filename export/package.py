@@ -19,6 +19,7 @@ from bigain_fx.export.interface import Interface
 from bigain_fx.export.ports import packed
 from bigain_fx.export.retrace import quiet
 from bigain_fx.passes.errors import ExportError, InputError, first_line
+from bigain_fx.passes.ops.kernels import without_kernels
 
 
 def write_package(program: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
@@ -45,7 +46,7 @@ def write_package(program: ExportedProgram, path: Path, metadata: Mapping[str, s
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
             temporary = Path(folder) / path.name
-            with temporary.open("wb") as file, quiet():
+            with temporary.open("wb") as file, quiet(), without_kernels():  # a package needs no Python operators
                 sink = _Sink(file)
                 # The metadata as a copy: torch adds its own entries to what it is given.
                 aoti_compile_and_package(

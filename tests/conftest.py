@@ -9,6 +9,9 @@ import torch
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+if not torch.cuda.is_available():
+    # Triton reads it when it is first imported, which torch's compiler does long before any test of a kernel.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

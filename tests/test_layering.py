@@ -13,7 +13,7 @@ import bigain_fx
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
-    "passes": {"bigain_fx.passes", "torch"},
+    "passes": {"bigain_fx.passes", "torch", "triton"},
     "export": {"bigain_fx.export", "bigain_fx.passes", "torch", "numpy", "onnx", "onnx_ir", "onnxscript",
                "onnxruntime"},
     "bigain_fx": {
@@ -79,9 +79,16 @@ def test_import_is_lazy() -> None:
 
 
 def test_passes_need_torch_alone() -> None:
-    blocked = ("diffusers", "onnx", "onnxruntime", "onnxscript", "rich", "typer", "matplotlib", "mlxtend")
+    blocked = ("diffusers", "onnx", "onnxruntime", "onnxscript", "rich", "typer", "matplotlib", "mlxtend", "triton")
     code = f"import sys\nfor n in {blocked!r}: sys.modules[n] = None\n"
     assert python(code + "import bigain_fx.passes.pipeline as p; print(p.REWRITES.keys())").strip()
+
+
+def test_triton_is_imported_by_the_kernels_alone() -> None:
+    users = [path.name for path in sources("passes") if any(within(name, {"triton"}) for name in imports(path))]
+    assert users == ["triton_kernels.py"]
+    code = "import sys, bigain_fx.passes.pipeline; print('bigain_fx.passes.ops.triton_kernels' in sys.modules)"
+    assert python(code).strip() == "False"
 
 
 def test_optimize_needs_no_diffusers() -> None:

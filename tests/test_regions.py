@@ -76,9 +76,14 @@ def test_every_shape_has_a_region_of_its_own() -> None:
     assert len(regions) == 20
 
 
+@pytest.mark.parametrize("kernels", ["", " kernels-cuda"])
 @pytest.mark.parametrize("through", ["optimize", "backend"])
-def test_compiled_code_is_cached_under_the_source_of_the_operators(through: str) -> None:
+def test_compiled_code_is_cached_under_the_source_of_the_operators(
+    through: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Torch's key names the operators of a graph; it does not read what they decompose to."""
+    monkeypatch.setenv("BIGAIN_TRITON", "1" if kernels else "0")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     tags: list[str] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
@@ -94,7 +99,7 @@ def test_compiled_code_is_cached_under_the_source_of_the_operators(through: str)
             torch.compile(model, backend="bigain", dynamic=False, options=options)(IMAGE)
         assert torch.compiler.config.cache_key_tag == "mine"
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(OPS.glob("*.py")))).hexdigest()
-    assert tags == [f"mine bigain-fx {digest}"]
+    assert tags == [f"mine bigain-fx {digest}{kernels}"]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bigain_fx.passes.ops.kernels import take
+
 
 def merge(x: Tensor, assign: Tensor, groups: int) -> Tensor:
     """Mean of each group of tokens (``docs/operators.md``, "Merge").
@@ -22,6 +24,9 @@ def merge(x: Tensor, assign: Tensor, groups: int) -> Tensor:
     offset = torch.arange(batch, device=x.device).unsqueeze(1) * groups
     group, order = (assign + offset).flatten().sort(stable=True)
     starts = torch.searchsorted(group, torch.arange(batch * groups, device=x.device))
+    if take(x):
+        averaged: Tensor = torch.ops.bigain.segment_mean(x, order, starts)
+        return averaged
     rows = x.float().reshape(batch * tokens, channels)
     mean: Tensor = torch.ops.aten._embedding_bag(rows, order, starts, False, 1)[0]
     return mean.view(batch, groups, channels).to(x.dtype)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from bigain_fx.passes.ops.kernels import take
 from bigain_fx.passes.ops.merge import merge
 from bigain_fx.passes.ops.score import cell_tokens, laplacian_score, lowest_scoring
 
@@ -42,9 +43,9 @@ def merge_plan(
     batch, tokens, channels = metric.shape
     members = cell_tokens(grid, cell, metric.device)
     if position is None:
-        position = lowest_scoring(laplacian_score(metric, grid), grid, cell)
+        position, norm = _score_and_elect(metric, grid, cell)
     else:
-        position = position.expand(batch, -1)
+        position, norm = position.expand(batch, -1), _norm(metric)
     elected = members.expand(batch, -1, -1).gather(2, position.unsqueeze(-1)).squeeze(-1)
     # Destinations lifted above all others: a sort lists the sources of each window, then its destinations.
     index = torch.arange(tokens, device=metric.device).expand(batch, -1)
@@ -54,10 +55,11 @@ def merge_plan(
     sources, destinations = lifted[:, windows].sort(-1).values.tensor_split([windows.shape[1] - each], -1)
     sources, destinations = sources.flatten(1), destinations.flatten(1) - tokens
 
-    unit = _unit(metric.float())
-    apart = (batch * len(windows), -1, channels)
-    with _no_autocast(metric.device.type):
-        similarity, match = (_rows(unit, sources).view(apart) @ _rows(unit, destinations).view(apart).mT).max(-1)
+    apart = (batch * len(windows), -1)
+    similarity, match = _nearest(
+        _rows(metric, sources).view(*apart, channels), _rows(metric, destinations).view(*apart, channels),
+        norm.gather(1, sources).view(apart), norm.gather(1, destinations).view(apart),
+    )  # fmt: skip
     first = torch.arange(0, len(members), each, device=metric.device).view(-1, 1)
     match = (match.view(batch, len(windows), -1) + first).flatten(1)
     ranked = similarity.view(batch, -1).argsort(dim=1, descending=True, stable=True)
@@ -111,8 +113,8 @@ def nearest_groups(metric: Tensor, assign: Tensor, rep: Tensor) -> tuple[Tensor,
     folded = is_rep.argsort(dim=1, stable=True)[:, : tokens - groups]
     count = min(NEAREST, groups)
     with _no_autocast(metric.device.type):
-        means = merge(metric.float(), assign, groups)
-        similarity, index = (_unit(_rows(metric.float(), folded)) @ _unit(means).mT).topk(count)
+        means, rows = merge(metric.float(), assign, groups), _rows(metric, folded)
+        similarity, index = (_unit(rows, _norm(rows)) @ _unit(means, _norm(means)).mT).topk(count)
     weight = (SHARPNESS * similarity).softmax(-1)[..., 1:]
     where = folded.unsqueeze(1)
     near = assign.unsqueeze(1).repeat(1, count, 1).scatter(2, where.expand(-1, count, -1), index.mT)
@@ -120,9 +122,32 @@ def nearest_groups(metric: Tensor, assign: Tensor, rep: Tensor) -> tuple[Tensor,
     return near, none.scatter(2, where.expand(-1, count - 1, -1), weight.mT)
 
 
-def _unit(tokens: Tensor) -> Tensor:
-    scaled: Tensor = tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return scaled
+def _score_and_elect(metric: Tensor, grid: Sequence[int], cell: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Position of each cell's destination, ``(B, cells)`` int64, and each token's norm, ``(B, N)`` float32."""
+    if take(metric):
+        position, norm = torch.ops.bigain.score_and_elect(metric, grid, cell)
+        return position, norm
+    return lowest_scoring(laplacian_score(metric, grid), grid, cell), _norm(metric)
+
+
+def _nearest(
+    sources: Tensor, destinations: Tensor, source_norm: Tensor, destination_norm: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cosine similarity of each source with the most similar destination, and which that is: ``(B, S)`` each."""
+    if take(sources):
+        similarity, match = torch.ops.bigain.nearest(sources, destinations, source_norm, destination_norm)
+        return similarity, match
+    with _no_autocast(sources.device.type):
+        return (_unit(sources, source_norm) @ _unit(destinations, destination_norm).mT).max(-1)
+
+
+def _norm(tokens: Tensor) -> Tensor:
+    length: Tensor = tokens.float().norm(dim=-1)
+    return length
+
+
+def _unit(tokens: Tensor, norm: Tensor) -> Tensor:
+    return tokens.float() / norm.clamp_min(1e-12).unsqueeze(-1)
 
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:

@@ -32,8 +32,8 @@ class Row:
     """One line of the table; what does not apply is None.
 
     Attributes:
-        name: ``"dense eager"``, ``"dense"`` (compiled), a method as it was written, ``"bound:..."``, or
-            ``"onnx:..."`` for what ONNX Runtime runs.
+        name: ``"dense eager"``, ``"dense"`` (compiled), a method as it was written, the same and ``" eager"``,
+            ``"tomesd:..."`` for that package, ``"bound:..."``, or ``"onnx:..."`` for what ONNX Runtime runs.
         seconds: of each timed round, in order.
         median_s: their median.
         speedup: over the row ``base``, paired within rounds.
@@ -96,7 +96,9 @@ class BenchResult:
         date: UTC, at the start.
         command: what was typed, paths outside of the current folder cut to their last part.
         machine, versions: what it ran on.
-        rows: dense eager, dense, the methods, the bounds.
+        tokens: of the image, in the largest attention that a row changed; None where none changed one.
+        notes: which rows that were asked for are not there, and why.
+        rows: dense eager, dense, the methods, tomesd, ONNX Runtime, the bounds.
     """
 
     workload: str
@@ -115,6 +117,8 @@ class BenchResult:
     command: str
     machine: dict[str, str | int]
     versions: dict[str, str | None]
+    tokens: int | None
+    notes: tuple[str, ...]
     rows: tuple[Row, ...]
 
     @property
@@ -129,7 +133,7 @@ class BenchResult:
         """The result as plain data, for JSON."""
         data = asdict(self)
         rows = [asdict(row) | {"deviation_db": row.deviation_db, "seconds": list(row.seconds)} for row in self.rows]
-        return data | {"rows": rows}
+        return data | {"notes": list(self.notes), "rows": rows}
 
     def to_markdown(self) -> str:
         """Where and how it was measured, and a table."""
@@ -143,6 +147,7 @@ class BenchResult:
             f"- {versions}; backend {self.backend}, mode {self.mode or 'default'}",
             f"- {self.rounds} interleaved rounds after {self.warmup} of warm-up, seed {self.seed}; {self.date}",
             f"- `{self.command}`",
+            *(f"- {note}" for note in self.notes),
             "",
             "| " + " | ".join(COLUMNS) + " |",
             "| --- " + "| ---: " * (len(COLUMNS) - 1) + "|",
@@ -173,11 +178,11 @@ def _cpu() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, torch, CUDA, diffusers, ONNX Runtime and this package; None for what is absent."""
+    """Of Python, torch, CUDA, diffusers, tomesd, ONNX Runtime and this package; None for what is absent."""
     return {
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "diffusers": _version("diffusers"), "onnxruntime": _version("onnxruntime") or _version("onnxruntime-gpu"),
-        "bigain_fx": bigain_fx.__version__,
+        "diffusers": _version("diffusers"), "tomesd": _version("tomesd"),
+        "onnxruntime": _version("onnxruntime") or _version("onnxruntime-gpu"), "bigain_fx": bigain_fx.__version__,
     }  # fmt: skip
 
 

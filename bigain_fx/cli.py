@@ -172,26 +172,38 @@ def bench(
     onnx: Annotated[str, typer.Option(help="what to time through ONNX Runtime too, likewise; '' for nothing")] = (
         "dense,bigain-tm:0.7"
     ),
+    eager: Annotated[str, typer.Option(help="what to time without compiling too, likewise")] = "",
+    tomesd: Annotated[str, typer.Option(help="ratios at which to time the package tomesd too; ',' lists")] = "",
     rounds: Annotated[int, typer.Option(help="interleaved timed rounds")] = 7,
+    warmup: Annotated[int, typer.Option(help="rounds before those")] = 1,
+    layers: Annotated[int | None, typer.Option(help="of a transformer with random weights; all by default")] = None,
     backend: Annotated[str, typer.Option(help="torch.compile backend, or eager")] = "inductor",
+    mode: Annotated[str | None, typer.Option(help="as for torch.compile; reduce-overhead takes CUDA graphs")] = None,
     out: Annotated[Path, typer.Option(help="folder for the JSON and the Markdown")] = Path("bigain-bench"),
+    name: Annotated[str | None, typer.Option(help="of these files, without suffix")] = None,
+    turn: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Time dense against compressed, compiled, side by side, with the free bound of each kind."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's chatter would break the progress bar
     import torch
 
+    from bigain_fx.bench import tomesd_rows
     from bigain_fx.bench.run import run
     from bigain_fx.models import load
     from bigain_fx.passes.errors import InputError
     from bigain_fx.passes.grammar import parse_list
 
     parsed, exported = parse_list(methods), parse_list(onnx) if onnx else {}
+    eagerly, ratios = parse_list(eager) if eager else {}, tomesd_rows.parse(tomesd)
     if device not in ("cpu", "cuda"):
         raise InputError(f"device={device!r} must be cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device='cuda': torch sees no CUDA device here; use --device cpu")
-    workload = load(model, size=size, batch=batch, device=device, dtype=getattr(torch, dtype))
-    result = run(workload, parsed, onnx=exported, rounds=rounds, backend=backend, out=out)
+    workload = load(model, size=size, batch=batch, device=device, dtype=getattr(torch, dtype), layers=layers)
+    result = run(
+        workload, parsed, eager=eagerly, tomesd=ratios, onnx=exported, rounds=rounds, warmup=warmup, backend=backend,
+        mode=mode, out=out, name=name, turn=turn,
+    )  # fmt: skip
     print(result.to_markdown())
 
 

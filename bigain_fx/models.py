@@ -59,6 +59,9 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
 """Published configurations: Stable Diffusion 2.0, SDXL 1.0, DiT-XL/2, PixArt-Sigma-XL/2 at 1024 px, Stable Diffusion 3
 medium, Flux.1 dev."""
 
+DEPTHS = ("num_layers", "num_single_layers")
+"""What the configuration of a stack of equal blocks calls their number."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -82,6 +85,7 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    layers: int | None = None,
 ) -> Workload:
     """Load the denoiser ``name`` with seeded example inputs.
 
@@ -92,22 +96,28 @@ def load(
         batch: samples a call.
         device: ``"meta"`` gives shapes without memory.
         dtype: of the weights and the inputs.
+        seed: of the inputs and of random weights.
+        layers: of a known configuration that is a stack of equal blocks, fewer than it has; where there are two kinds
+            of blocks, the second kind in proportion. The workload is named after it: ``"flux-2layers"``.
 
     Raises:
-        InputError: nothing of that name, a size that does not fit, a class whose inputs are not known.
+        InputError: nothing of that name, a size or a number of layers that does not fit, a class whose inputs are not
+            known.
     """
     if size is not None and (size < 1 or size % 2):
         raise InputError(f"size={size!r} must be a positive even number of latent pixels")
     if batch < 1:
         raise InputError(f"batch={batch!r} must be at least 1")
+    fewer = _fewer_layers(name, layers) if layers is not None else {}
     torch.manual_seed(seed)
     if name in NAMES:
         model = load_embedded(name).model.to(device)
         _check_position_size(name, model, size)
     elif name in KNOWN:
         class_name, config = KNOWN[name]
+        config = config | fewer | ({"sample_size": size} if size and "sample_size" in config else {})
         with torch.device(device):
-            model = _class(class_name)(**config | ({"sample_size": size} if size and "sample_size" in config else {}))
+            model = _class(class_name)(**config)
     elif Path(name).is_dir():
         model = _from_folder(Path(name)).to(device)
         _check_position_size(name, model, size)
@@ -117,7 +127,20 @@ def load(
     model = nn.Module.to(model, dtype).eval().requires_grad_(False)
     size = size or _own_size(model)
     grid = (size // 2, size // 2) if type(model).__name__ == "FluxTransformer2DModel" else None
-    return Workload(name, model, (), example_inputs(model, size, batch), grid)
+    return Workload(name + f"-{layers}layers" * bool(fewer), model, (), example_inputs(model, size, batch), grid)
+
+
+def _fewer_layers(name: str, layers: int) -> dict[str, int]:
+    """The depths of ``name`` with ``layers`` in place of the first of them."""
+    config = KNOWN[name][1] if name in KNOWN else {}
+    depths = {key: config[key] for key in DEPTHS if key in config}
+    if not depths:
+        stacks = ", ".join(known for known, (_, config) in KNOWN.items() if DEPTHS[0] in config)
+        raise InputError(f"layers={layers!r}: {name} is not one of {stacks}, which are stacks of equal blocks")
+    most = depths[DEPTHS[0]]
+    if not 1 <= layers <= most:
+        raise InputError(f"layers={layers!r} must lie between 1 and {most}, which {name} has")
+    return {key: max(1, depth * layers // most) for key, depth in depths.items()}
 
 
 def example_inputs(model: nn.Module, size: int, batch: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 import bigain_fx as bgx
 from bigain_fx import families
-from bigain_fx.bench import BenchError, bound, result, timing
+from bigain_fx.bench import BenchError, bound, result, rows, timing, tomesd_rows
 from bigain_fx.bench.run import run
 from bigain_fx.capture import CallBinder, capture
 from bigain_fx.models import Workload
@@ -432,6 +432,198 @@ def test_without_onnx_a_line_says_so(
     assert reason in capsys.readouterr().err
 
 
+def test_rows_without_compiling() -> None:
+    report = run(
+        dit_workload(), {}, eager=parse_list("dense,tome:0.5"), rounds=1, warmup=0, backend="aot_eager", progress=False
+    )
+    rows = {row.name: row for row in report.rows}
+    assert list(rows) == ["dense eager", "dense", "tome:0.5 eager"]
+    eager = rows["tome:0.5 eager"]
+    assert (eager.base, eager.bound, eager.compile_s, eager.sites) == ("dense", None, None, 2)
+    assert eager.flops < rows["dense"].flops
+    assert report.tokens == 64
+
+
+# ------------------------------------------------------------------------------------- tomesd
+
+
+def tokens_merged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Fills with the tokens of each attention that tomesd merges from now on, and how many of them go."""
+    tomesd = pytest.importorskip("tomesd")
+    match, found = tomesd.merge.bipartite_soft_matching_random2d, []
+
+    def counted(metric: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append((metric.shape[1], args[4]))
+        return match(metric, *args, **kwargs)
+
+    monkeypatch.setattr(tomesd.merge, "bipartite_soft_matching_random2d", counted)
+    return found
+
+
+@pytest.mark.parametrize("make", [unet_workload, dit_workload])
+@torch.no_grad()
+def test_tomesd_merges_what_tome_merges_on_our_graph(
+    make: Callable[[], Workload], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = tokens_merged(monkeypatch)
+    workload = make()
+    patched = tomesd_rows.patch(workload, 0.7)
+    output = patched.call("eager", None)().sample
+    assert output.shape == workload.model(*workload.args, **workload.kwargs).sample.shape
+    ours = [(site.tokens, site.tokens - site.tokens_after) for site in patched.report.rewritten]
+    assert merged == ours
+    assert len(merged) == (3 if make is unet_workload else 2)
+
+
+@pytest.mark.parametrize("make", [unet_workload, dit_workload])
+@torch.no_grad()
+def test_tomesd_patches_a_copy_with_the_same_weights(make: Callable[[], Workload]) -> None:
+    """At a ratio that merges nothing the patched forward is the model's own; the model itself is not touched."""
+    pytest.importorskip("tomesd")
+    workload = make()
+    before = workload.model(*workload.args, **workload.kwargs).sample
+    classes, state = [type(module) for module in workload.model.modules()], dir(workload.model)
+    unmerged = tomesd_rows.patch(workload, 0.001)
+    torch.testing.assert_close(unmerged.call("eager", None)().sample, before)
+    patched = tomesd_rows.patch(workload, 0.7)
+    assert not torch.equal(patched.call("eager", None)().sample, before)
+    assert torch.equal(workload.model(*workload.args, **workload.kwargs).sample, before)
+    assert [type(module) for module in workload.model.modules()] == classes
+    assert dir(workload.model) == state
+    assert not workload.model._forward_pre_hooks
+    for own, theirs in zip(workload.model.parameters(), patched.model.parameters(), strict=True):
+        assert own is theirs
+
+
+def test_tomesd_merges_the_finest_grid_where_that_is_coarser_than_the_latent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in SDXL, whose first blocks have no attention: tomesd's default would merge nothing."""
+    merged = tokens_merged(monkeypatch)
+    model = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 8, 8), norm_num_groups=4, attention_head_dim=2, layers_per_block=1,
+        cross_attention_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    inputs = {
+        "sample": torch.randn(2, 4, 16, 16),
+        "timestep": torch.tensor(3),
+        "encoder_hidden_states": torch.randn(2, 3, 8),
+    }
+    workload = Workload("tiny", model.eval(), (), inputs)
+    tomesd_rows.patch(workload, 0.5).call("eager", None)()
+    assert merged == [(64, 32)] * 3
+
+
+def test_what_breaks_is_compiled_once_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More variants of a function than torch compiles by default: all are compiled, and later calls compile nothing."""
+    graphs: list[GraphModule] = []
+
+    def keep(graph: GraphModule, _: Any) -> GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def variant(x: Tensor) -> Tensor:
+        return x + 1
+
+    def broken() -> list[Tensor]:
+        found = []
+        for size in range(1, 12):
+            torch._dynamo.graph_break()
+            found.append(variant(torch.ones(size)))
+        return found
+
+    torch._dynamo.reset()
+    compiled = torch.compile(broken, dynamic=False, backend=keep)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        call = tomesd_rows.Settled(compiled)
+        assert [len(output) for output in call()] == [*range(1, 12)]
+        assert len(graphs) == 11
+        call()
+        assert len(graphs) == 11
+        torch._dynamo.reset()
+        monkeypatch.setattr(tomesd_rows, "RECOMPILES", torch._dynamo.config.recompile_limit)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            tomesd_rows.Settled(compiled)()
+
+
+def test_tomesd_rows() -> None:
+    pytest.importorskip("tomesd")
+    report = run(
+        dit_workload(), parse_list("tome:0.7"), tomesd=(0.7, 0.25), rounds=2, backend="aot_eager", progress=False
+    )
+    rows = {row.name: row for row in report.rows}
+    assert list(rows) == [
+        "dense eager", "dense", "tome:0.7", "tomesd:0.7 eager", "tomesd:0.7", "tomesd:0.25 eager", "tomesd:0.25",
+        "bound:merge:0.7",
+    ]  # fmt: skip
+    peer = rows["tomesd:0.7"]
+    assert (peer.flops, peer.sites, peer.base) == (rows["tome:0.7"].flops, 2, "dense")
+    assert [name for name, row in rows.items() if row.bound] == ["tome:0.7", "tomesd:0.7"], "0.25 has no bound here"
+    assert rows["tomesd:0.7 eager"].compile_s is None
+    assert (peer.compile_s or 0) > 0
+    assert all(0 < (rows[name].relative_l2 or 0) < 1 for name in rows if name.startswith("tomesd"))
+    assert report.notes == ()
+    assert report.versions["tomesd"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "name", "reason"),
+    [
+        (True, "dit", "no tomesd rows: tomesd is not installed; pip install 'bigain-fx[bench]'"),
+        (False, "conv", "no tomesd rows: tomesd patches BasicTransformerBlock, and Conv2d has none"),
+        (False, "single", "no tomesd rows: tomesd's BasicTransformerBlock does not know the norm 'ada_norm_single'"),
+    ],
+)
+def test_without_tomesd_a_line_says_so(
+    missing: bool, name: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bigain_fx.bench.tomesd_rows.find_spec", lambda name: None if missing else name)
+    workload = dit_workload()
+    if name == "conv":
+        workload = Workload("conv", nn.Conv2d(1, 1, 1), (torch.randn(1, 1, 2, 2),), {})
+    elif name == "single":
+        for block in workload.model.transformer_blocks:  # type: ignore[union-attr]
+            block.norm_type = "ada_norm_single"  # type: ignore[union-attr]
+        monkeypatch.setattr("bigain_fx.bench.run._prepare_all", lambda *_: pytest.fail("too late"))
+    asked = rows.Asked({}, {}, {}, (0.7,), "eager", None)
+    left, notes = rows.possible(workload, asked)
+    assert left.tomesd == ()
+    assert notes[0].startswith(reason)
+    if missing:
+        report = run(workload, {}, tomesd=(0.7,), rounds=1, backend="eager", progress=False)
+        assert [row.name for row in report.rows] == ["dense eager", "dense"]
+        assert report.notes == (reason,)
+        assert reason in capsys.readouterr().err
+        assert f"- {reason}\n" in report.to_markdown()
+
+
+def test_a_row_of_tomesd_that_fails_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tomesd = pytest.importorskip("tomesd")
+
+    def apply_patch(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no U-Net")
+
+    monkeypatch.setattr(tomesd, "apply_patch", apply_patch)
+    report = run(dit_workload(), {}, tomesd=(0.7,), rounds=1, backend="eager", progress=False)
+    assert [row.name for row in report.rows] == ["dense eager", "dense"]
+    assert len(report.notes) == 2
+    assert report.notes[0].startswith("row 'tomesd:0.7 eager' fails with backend='eager': no U-Net")
+    assert report.notes[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [("x", BenchError, "tomesd='x' must be ratios such as"), ("1.5", bgx.MethodError, r"ratio=1\.5")],
+)
+def test_tomesd_refuses_what_is_no_ratio(text: str, error: type[Exception], message: str) -> None:
+    assert tomesd_rows.parse("") == ()
+    assert tomesd_rows.parse("0.7, 0.5") == (0.7, 0.5)
+    with pytest.raises(error, match=message):
+        tomesd_rows.parse(text)
+
+
 def test_run_compiles_and_says_how_long() -> None:
     report = run(dit_workload(), parse_list("dense"), rounds=1, warmup=0, progress=False)
     eager, dense = report.rows
@@ -450,7 +642,7 @@ def test_run_compiles_and_says_how_long() -> None:
 def test_run_refuses_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is built: hours of compiling are not thrown away."""
     (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setattr("bigain_fx.bench.run.optimize", lambda *_, **__: pytest.fail("built a row"))
+    monkeypatch.setattr("bigain_fx.bench.rows.optimize", lambda *_, **__: pytest.fail("built a row"))
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(BenchError, match="cannot be written"):
             run(dit_workload(), {}, out=out, backend="eager", progress=False)
@@ -492,6 +684,8 @@ def test_run_refuses_a_model_whose_output_is_not_finite(value: float) -> None:
         ({}, {"warmup": -1}, "warmup=-1 must be 0 or more"),
         ({"dense": parse("tome:0.5")}, {}, "methods has 'dense', the name of a row that is not a method"),
         ({"bound:x": parse("tome:0.5")}, {}, "methods has 'bound:x'"),
+        ({"x eager": parse("tome:0.5")}, {}, "methods has 'x eager'"),
+        ({"tomesd:x": parse("tome:0.5")}, {}, "methods has 'tomesd:x'"),
     ],
 )
 def test_run_refuses_arguments(methods: dict[str, Methods], options: dict[str, int], message: str) -> None:

@@ -20,7 +20,7 @@ MAY_IMPORT = {
         "bigain_fx", "torch", "diffusers", "rich", "typer", "safetensors", "matplotlib", "mlxtend", "numpy",
         "onnxruntime", "datasets", "skimage", "torchmetrics", "PIL",
     },
-    "bench": {"bigain_fx", "torch", "diffusers", "matplotlib", "rich", "typer", "numpy", "onnxruntime"},
+    "bench": {"bigain_fx", "torch", "diffusers", "matplotlib", "rich", "typer", "numpy", "onnxruntime", "tomesd"},
 }  # fmt: skip
 
 

@@ -60,6 +60,16 @@ def test_flux_inputs_are_packed_as_its_pipeline_packs_them() -> None:
     assert {site.grid for site in report.rewritten} == {(8, 8)}, "the positions tell the grid"
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "blocks"),
+    [("pixart", 3, {"transformer_blocks": 3}), ("flux", 2, {"transformer_blocks": 2, "single_transformer_blocks": 4})],
+)
+def test_fewer_layers(name: str, layers: int, blocks: dict[str, int]) -> None:
+    workload = load(name, layers=layers, batch=1, device="meta")
+    assert workload.name == f"{name}-{layers}layers"
+    assert {key: len(getattr(workload.model, key)) for key in blocks} == blocks
+
+
 @pytest.mark.parametrize("pipeline", [False, True])
 def test_a_folder(tmp_path: Path, pipeline: bool) -> None:
     model = unet()
@@ -84,6 +94,8 @@ def broken(folder: Path, text: str) -> str:
         (lambda p: load("sd2", size=0, device="meta"), "size=0 must be a positive even number"),
         (lambda p: load("sd2", size=63, device="meta"), "size=63 must be a positive even number"),
         (lambda p: load("sd2", batch=0, device="meta"), "batch=0 must be at least 1"),
+        (lambda p: load("sd2", layers=2, device="meta"), "layers=2: sd2 is not one of dit-xl-2, pixart, sd3, flux"),
+        (lambda p: load("sd3", layers=25, device="meta"), "layers=25 must lie between 1 and 24, which sd3 has"),
         (lambda p: load(str(p)), "holds no config.json"),
         (lambda p: load(broken(p / "a", "{")), "cannot be loaded: "),
         (lambda p: load(broken(p / "b", "{}")), "cannot be loaded: '_class_name'"),

@@ -1,0 +1,90 @@
+"""What the speed yardstick found, from its files: ``speed.md``, and a figure for each suite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bigain_fx.bench import result
+
+Result = Mapping[str, Any]
+
+HEAD = """# Speed
+
+What `python -m bigain_fx.bench.suite` measured, by suite; [README.md](../README.md) says how, and what columns mean.
+Each workload is one interleaved run; speed-ups are within it, over its dense compiled row (ONNX rows: over dense ONNX).
+"""
+COLUMNS = ("workload", "tokens", "row", "median (ms)", "speed-up", "95 %", "efficiency", "peak (MB)", "compile (s)")
+
+
+def load(folder: Path, names: Iterable[str]) -> list[Result]:
+    """The results of ``names`` that are in ``folder``, in this order."""
+    files = [folder / f"{name}.json" for name in names]
+    return [json.loads(file.read_text()) | {"file": file.stem} for file in files if file.is_file()]
+
+
+def to_markdown(results_of: Mapping[str, Sequence[Result]]) -> str:
+    """A table for each suite that has results, with where they were measured, and what is missing."""
+    parts = [HEAD]
+    for suite, results in results_of.items():
+        if not results:
+            continue
+        places = dict.fromkeys(_place(found) for found in results)
+        parts += [f"\n## {suite}\n\n", *(f"- {place}\n" for place in places)]
+        parts += [f"- {found['file']}: {note}\n" for found in results for note in found["notes"]]
+        parts.append(f"\n| {' | '.join(COLUMNS)} |\n| --- | ---: | --- |{' ---: |' * (len(COLUMNS) - 3)}\n")
+        parts += [f"| {' | '.join(_cells(found, row))} |\n" for found in results for row in found["rows"]]
+    return "".join(parts)
+
+
+def _place(found: Result) -> str:
+    machine = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    return f"{machine}; {versions}"
+
+
+def title(found: Result) -> str:
+    """What was run, in words: ``"sd2, bfloat16, reduce-overhead"``."""
+    kinds = [found["workload"], found["dtype"], found["backend"] != "inductor" and found["backend"], found["mode"]]
+    return ", ".join(kind for kind in kinds if kind)
+
+
+def _cells(found: Result, row: Mapping[str, Any]) -> list[str]:
+    speedup, compiled = row["speedup"], row["compile_s"]
+    shape = "x".join(map(str, next(iter(found["inputs"].values()))))
+    return [
+        f"[{title(found)}, {shape}](speed/{found['file']}.md)", str(found["tokens"] or "-"), f"`{row['name']}`",
+        f"{row['median_s'] * 1e3:.1f}", f"{speedup['median']:.2f}x",
+        f"{speedup['low']:.2f} to {speedup['high']:.2f}",
+        "-" if row["efficiency"] is None else f"{row['efficiency']:.2f}",
+        "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / result.MB:.0f}",
+        "-" if compiled is None else f"{compiled:.1f}" + " (cached)" * row["compile_cached"],
+    ]  # fmt: skip
+
+
+def write(out: Path, names_of: Mapping[str, Iterable[str]], tell: Callable[[str], None]) -> None:
+    """Write ``speed.md`` and ``speed-<suite>.png`` into ``out``, from the files in its folder ``speed``.
+
+    Args:
+        out: where the folder ``speed`` is.
+        names_of: the runs of each suite.
+        tell: hears what is written.
+
+    Raises:
+        BenchError: it cannot be written.
+    """
+    results_of = {suite: load(out / "speed", names) for suite, names in names_of.items()}
+    result.write(out / "speed.md", to_markdown(results_of))
+    tell(f"{(out / 'speed.md').as_posix()} is written")
+    if find_spec("matplotlib") is None:
+        tell("no figures: matplotlib is not installed")
+        return
+    from bigain_fx.bench import figure
+
+    for suite, results in results_of.items():
+        if results:
+            figure.save(figure.draw(results), out / f"speed-{suite}.png")
+            tell(f"{(out / f'speed-{suite}.png').as_posix()} is drawn")

@@ -17,6 +17,7 @@ from bigain_fx import Report, optimize
 from bigain_fx.bench import BenchError, bound, onnx_rows, timing, tomesd_rows
 from bigain_fx.passes.errors import BigainError, first_line
 from bigain_fx.passes.methods import Methods, ToMe
+from bigain_fx.stopwatch import synchronizer
 
 if TYPE_CHECKING:
     from bigain_fx.models import Workload
@@ -167,13 +168,6 @@ def prepare(
     del output
     peak = None if built.kind == "onnx" else timing.peak_bytes(built.call, device)  # torch does not see ONNX Runtime's
     return Ready(built, relative, peak, captured - start, first_s, _cache_hits() > hits)
-
-
-def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits for ``device``."""
-    if device.type == "cuda":
-        return partial(torch.cuda.synchronize, device)
-    return lambda: None
 
 
 def _kind(backend: str) -> str:

@@ -23,6 +23,7 @@ from bigain_fx.bench.result import BenchResult, Row
 from bigain_fx.bench.rows import AS_EAGER, DENSE, EAGER, ONNX, TOMESD, Asked, Built, Ready
 from bigain_fx.capture import CallBinder
 from bigain_fx.passes.methods import Methods
+from bigain_fx.stopwatch import synchronizer
 
 if TYPE_CHECKING:
     from bigain_fx.models import Workload
@@ -91,7 +92,7 @@ def run(
         task = bar.add_task("time", total=(warmup + rounds) * len(ready))
         seconds = timing.interleave(
             {name: row.built.call for name, row in ready.items()}, rounds, warmup, check=timing.check_finite,
-            synchronize=rows.synchronizer(device), tick=lambda: bar.advance(task),
+            synchronize=synchronizer(device), tick=lambda: bar.advance(task),
         )  # fmt: skip
     weights = list(workload.model.parameters())
     arguments, _ = CallBinder(workload.model).bind(workload.args, workload.kwargs)

@@ -10,7 +10,7 @@ import torch
 
 
 def interleaved(
-    calls: Sequence[Callable[[], object]], rounds: int, wait: Callable[[], object] = lambda: None
+    calls: Sequence[Callable[[], object]], rounds: int, wait: Callable[[], None] = lambda: None
 ) -> list[tuple[float, ...]]:
     """Seconds of each call in each round; they take turns, first one and then another, after a round to warm up.
 
@@ -32,6 +32,6 @@ def interleaved(
     return [tuple(found) for found in seconds]
 
 
-def synchronizer(device: torch.device) -> Callable[[], object]:
+def synchronizer(device: torch.device) -> Callable[[], None]:
     """What waits until ``device`` has done its work."""
     return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None

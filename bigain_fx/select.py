@@ -29,7 +29,7 @@ from bigain_fx.passes.errors import first_line
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import MergeMethod, Methods
 from bigain_fx.passes.ops import DECIDING
-from bigain_fx.passes.pipeline import Rewritten, SiteRecord, rewrite
+from bigain_fx.passes.pipeline import Rewritten, rewrite
 from bigain_fx.regions import as_function, boundary, described, own_cache, sources_digest
 from bigain_fx.stopwatch import interleaved, synchronizer
 
@@ -42,8 +42,9 @@ Compile = Callable[[GraphModule], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Span:
-    """Milliseconds of one call: the quartiles over the rounds."""
+    """Milliseconds of one call: the fastest round, and the quartiles over all of them."""
 
+    fastest: float
     low: float
     median: float
     high: float
@@ -63,8 +64,9 @@ def rewrite_where_faster(
 ) -> Rewritten:
     """As :func:`bigain_fx.passes.pipeline.rewrite`, but attentions that are no faster rewritten are kept.
 
-    Those that do the same at the same shapes are measured once, and those that share a plan are decided together. The
-    upper quartile of what is new has to lie below the lower quartile of what is dense.
+    Those that do the same at the same shapes are measured once, and those that share a plan are decided together. What
+    is new has to win by the fastest rounds of both, and by the upper quartile of its own against the lower quartile of
+    the dense ones: where a busy machine scatters them, dense stays.
 
     Args:
         module, methods, grid: as for ``rewrite``.
@@ -79,45 +81,45 @@ def rewrite_where_faster(
     if not places:
         return everything
     dense = rewrite(module, (), grid).module
-    groups: dict[Any, list[int]] = {}
-    for place in places:
-        groups.setdefault(_kind(everything.records[place]), []).append(place)
+    shared = any(isinstance(method, MergeMethod) and method.share == "resolution" for method in methods)
     costs: dict[int, Cost] = {}
     kept: dict[int, str] = {}
-    for members in groups.values():
+    for members in _groups(everything, places, shared=False):
         alone = rewrite(module, methods, grid, dict.fromkeys(set(places) - {members[0]}, "")).module
         try:
             costs |= dict.fromkeys(members, _cost(dense, alone, compile, setup))
         except Exception as error:  # whatever a backend raises: what cannot be measured stays dense
             reason = first_line(getattr(error, "inner_exception", error))  # what Dynamo wraps
             kept |= dict.fromkeys(members, f"not measured: {reason}")
-    shared = any(isinstance(method, MergeMethod) and method.share == "resolution" for method in methods)
-    together: dict[Any, list[int]] = {}
-    for place in costs:
-        record = everything.records[place]
-        together.setdefault((record.grid, record.tokens_after) if shared else _kind(record), []).append(place)
     times: dict[int, tuple[float, float]] = {}
-    for members in together.values():
+    for members in _groups(everything, list(costs), shared):
         plans = 1 / len(members) if shared else 1.0
-        spared = sum(costs[place].dense.low - costs[place].rewritten.high - plans * costs[place].plan.high
-                     for place in members)  # fmt: skip
-        for place in members:
-            cost = costs[place]
-            times[place] = cost.dense.median, cost.rewritten.median + plans * cost.plan.median
+        found = [costs[place] for place in members]
+        spared = min(
+            sum(cost.dense.fastest - cost.rewritten.fastest - plans * cost.plan.fastest for cost in found),
+            sum(cost.dense.low - cost.rewritten.high - plans * cost.plan.high for cost in found),
+        )
+        for place, cost in zip(members, found, strict=True):
+            before, after = cost.dense.median, cost.rewritten.median + plans * cost.plan.median
+            times[place] = before, before if spared <= 0 else after
             if spared <= 0:
-                before, after = times[place]
                 kept[place] = f"no faster on this device: {before:.3g} ms dense, {after:.3g} ms rewritten"
     chosen = rewrite(module, methods, grid, kept) if kept else everything
     records = tuple(
-        replace(record, ms=times[place][0], ms_after=times[place][place not in kept]) if place in times else record
+        replace(record, ms=times[place][0], ms_after=times[place][1]) if place in times else record
         for place, record in enumerate(chosen.records)
     )
     return replace(chosen, records=records)
 
 
-def _kind(record: SiteRecord) -> tuple[Any, ...]:
-    """What attentions have in common that cost the same."""
-    return record.action, record.grid, record.tokens, record.tokens_after, record.flops
+def _groups(rewritten: Rewritten, places: Sequence[int], shared: bool) -> list[list[int]]:
+    """``places`` whose attentions share a plan, or else cost the same."""
+    groups: dict[Any, list[int]] = {}
+    for place in places:
+        record = rewritten.records[place]
+        alike = (record.action, record.tokens, record.flops) if not shared else ()
+        groups.setdefault((record.grid, record.tokens_after, *alike), []).append(place)
+    return list(groups.values())
 
 
 def _cost(dense: GraphModule, alone: GraphModule, compile: Compile, setup: str) -> Cost:
@@ -176,7 +178,7 @@ def _ready(
         elif node.name not in values:
             values[node.name] = pytree.tree_map_only(Tensor, _random, node.meta["val"])
     run, arguments = compile(as_function(nodes, inputs, outputs)), [values[node.name] for node in inputs]
-    results = run(*arguments)
+    results = pytree.tree_map_only(Tensor, Tensor.clone, run(*arguments))  # CUDA graphs write over what they gave
     values |= dict(zip((node.name for node in outputs), results, strict=True))
     return lambda: run(*arguments)
 
@@ -192,8 +194,8 @@ def _spans(calls: Sequence[Callable[[], object]], device: torch.device) -> list[
     wait = synchronizer(device)
     first = sum(map(sum, interleaved(calls, 1, wait)))
     rounds = min(max(ROUNDS[0], int(SECONDS / first)), ROUNDS[1])
-    quartiles = [statistics.quantiles(seconds, n=4) for seconds in interleaved(calls, rounds, wait)]
-    return [Span(*(1e3 * second for second in spans)) for spans in quartiles]
+    found = [(min(seconds), *statistics.quantiles(seconds, n=4)) for seconds in interleaved(calls, rounds, wait)]
+    return [Span(*(1e3 * second for second in spans)) for spans in found]
 
 
 def _store(file: Path, text: str) -> None:

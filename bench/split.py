@@ -51,7 +51,7 @@ def main(
     batch: Annotated[int, typer.Option(help="samples a call")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="of weights and inputs")] = Dtype.float32,
-    layers: Annotated[int | None, typer.Option(help="of a transformer with random weights; all by default")] = None,
+    layers: Annotated[int | None, typer.Option(help="fewer of them, with random weights; all by default")] = None,
     rounds: Annotated[int, typer.Option(help="runs")] = 5,
     out: Annotated[Path, typer.Option(help="folder for the JSON and the Markdown")] = Path("bigain-bench"),
 ) -> None:

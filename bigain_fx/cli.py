@@ -176,7 +176,7 @@ def bench(
     tomesd: Annotated[str, typer.Option(help="ratios at which to time the package tomesd too; ',' lists")] = "",
     rounds: Annotated[int, typer.Option(help="interleaved timed rounds")] = 7,
     warmup: Annotated[int, typer.Option(help="rounds before those")] = 1,
-    layers: Annotated[int | None, typer.Option(help="of a transformer with random weights; all by default")] = None,
+    layers: Annotated[int | None, typer.Option(help="fewer of them, with random weights; all by default")] = None,
     backend: Annotated[str, typer.Option(help="torch.compile backend, or eager")] = "inductor",
     mode: Annotated[str | None, typer.Option(help="as for torch.compile; reduce-overhead takes CUDA graphs")] = None,
     out: Annotated[Path, typer.Option(help="folder for the JSON and the Markdown")] = Path("bigain-bench"),

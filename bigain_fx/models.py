@@ -59,8 +59,8 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
 """Published configurations: Stable Diffusion 2.0, SDXL 1.0, DiT-XL/2, PixArt-Sigma-XL/2 at 1024 px, Stable Diffusion 3
 medium, Flux.1 dev."""
 
-DEPTHS = ("num_layers", "num_single_layers")
-"""What the configuration of a stack of equal blocks calls their number."""
+DEPTHS = ("num_layers", "num_single_layers", "transformer_layers_per_block")
+"""What configurations call the number of their blocks: of a stack of equal ones, or of each stage of a U-Net."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ def load(
         device: ``"meta"`` gives shapes without memory.
         dtype: of the weights and the inputs.
         seed: of the inputs and of random weights.
-        layers: of a known configuration that is a stack of equal blocks, fewer than it has; where there are two kinds
-            of blocks, the second kind in proportion. The workload is named after it: ``"flux-2layers"``.
+        layers: of a known configuration, fewer than it has. Of two kinds of equal blocks the second goes down in
+            proportion; of the stages of a U-Net, those that are deeper, so that the finest grid weighs more than it
+            does in the full model. The workload is named after it: ``"flux-2layers"``.
 
     Raises:
         InputError: nothing of that name, a size or a number of layers that does not fit, a class whose inputs are not
@@ -130,17 +131,21 @@ def load(
     return Workload(name + f"-{layers}layers" * bool(fewer), model, (), example_inputs(model, size, batch), grid)
 
 
-def _fewer_layers(name: str, layers: int) -> dict[str, int]:
-    """The depths of ``name`` with ``layers`` in place of the first of them."""
+def _fewer_layers(name: str, layers: int) -> dict[str, Any]:
+    """The depths of ``name`` with ``layers`` in place of the largest of the first kind."""
     config = KNOWN[name][1] if name in KNOWN else {}
     depths = {key: config[key] for key in DEPTHS if key in config}
     if not depths:
-        stacks = ", ".join(known for known, (_, config) in KNOWN.items() if DEPTHS[0] in config)
-        raise InputError(f"layers={layers!r}: {name} is not one of {stacks}, which are stacks of equal blocks")
-    most = depths[DEPTHS[0]]
+        deep = ", ".join(known for known, (_, config) in KNOWN.items() if {*DEPTHS} & {*config})
+        raise InputError(f"layers={layers!r}: {name} is not one of {deep}, of which there can be fewer")
+    first = next(iter(depths.values()))
+    most = first if isinstance(first, int) else max(first)
     if not 1 <= layers <= most:
         raise InputError(f"layers={layers!r} must lie between 1 and {most}, which {name} has")
-    return {key: max(1, depth * layers // most) for key, depth in depths.items()}
+    return {
+        key: max(1, depth * layers // most) if isinstance(depth, int) else tuple(min(each, layers) for each in depth)
+        for key, depth in depths.items()
+    }
 
 
 def example_inputs(model: nn.Module, size: int, batch: int) -> dict[str, Any]:

@@ -70,6 +70,17 @@ def test_fewer_layers(name: str, layers: int, blocks: dict[str, int]) -> None:
     assert {key: len(getattr(workload.model, key)) for key in blocks} == blocks
 
 
+def test_fewer_layers_of_a_unet() -> None:
+    """The deepest stages go down to three, two of them on the way down, three up, and the middle; others stay."""
+    workload = load("sdxl", layers=3, batch=1, device="meta")
+    assert workload.name == "sdxl-3layers"
+    depths = [
+        len(module.transformer_blocks)  # type: ignore[arg-type]
+        for module in workload.model.modules() if type(module).__name__ == "Transformer2DModel"
+    ]  # fmt: skip
+    assert sorted(depths) == [2] * 5 + [3] * 6
+
+
 @pytest.mark.parametrize("pipeline", [False, True])
 def test_a_folder(tmp_path: Path, pipeline: bool) -> None:
     model = unet()
@@ -94,7 +105,7 @@ def broken(folder: Path, text: str) -> str:
         (lambda p: load("sd2", size=0, device="meta"), "size=0 must be a positive even number"),
         (lambda p: load("sd2", size=63, device="meta"), "size=63 must be a positive even number"),
         (lambda p: load("sd2", batch=0, device="meta"), "batch=0 must be at least 1"),
-        (lambda p: load("sd2", layers=2, device="meta"), "layers=2: sd2 is not one of dit-xl-2, pixart, sd3, flux"),
+        (lambda p: load("sd2", layers=2, device="meta"), "layers=2: sd2 is not one of sdxl, dit-xl-2, pixart, sd3, flux"),
         (lambda p: load("sd3", layers=25, device="meta"), "layers=25 must lie between 1 and 24, which sd3 has"),
         (lambda p: load(str(p)), "holds no config.json"),
         (lambda p: load(broken(p / "a", "{")), "cannot be loaded: "),

@@ -114,7 +114,7 @@ def _right(item: Measured, labels: Sequence[tuple[int, ...]]) -> Tensor:
 def _baseline(text: str, methods: Mapping[str, Methods], measured: Mapping[str, Measured]) -> str | None:
     """ToMe or ToDo with the same compression, if it was measured too and ``text`` is not a baseline itself.
 
-    With a ratio for each attention that is the one of nearest work, if within :data:`LIKE`.
+    Where none has the same ratio and cells, or factor, that is the one of nearest work, if within :data:`LIKE`.
     """
     mine = methods[text]
     if not mine or any(isinstance(method, ToMe | ToDo) for method in mine):
@@ -125,7 +125,7 @@ def _baseline(text: str, methods: Mapping[str, Methods], measured: Mapping[str, 
     ]  # fmt: skip
     same = [other for other in others if _size(methods[other]) == _size(mine)]
     apart = {other: abs(measured[other].gflops / measured[text].gflops - 1) for other in others}
-    near = [other for other in sorted(others, key=apart.__getitem__) if apart[other] <= LIKE and _uneven(mine)]
+    near = [other for other in sorted(others, key=apart.__getitem__) if apart[other] <= LIKE]
     return next(iter(same + near), None)
 
 
@@ -135,10 +135,6 @@ def _where(methods: Methods) -> list[tuple[Any, ...]]:
 
 def _size(methods: Methods) -> list[tuple[Any, ...]]:
     return [tuple(getattr(method, name) for name in SIZES[method.kind]) for method in methods]
-
-
-def _uneven(methods: Methods) -> bool:
-    return any(isinstance(getattr(method, "ratio", None), tuple) for method in methods)
 
 
 def _mean_average_precision(item: Measured, labels: Sequence[tuple[int, ...]]) -> float | None:

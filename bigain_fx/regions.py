@@ -48,13 +48,12 @@ def own_cache() -> Iterator[None]:
     """Cache what is compiled meanwhile under our operators' source and switch too: torch's key has only their names."""
     config: Any = torch.compiler.config
     kernels = "".join(f" kernels-{device}" for device in ("cpu", "cuda") if switched_on(device))
-    with config.patch(cache_key_tag=f"{config.cache_key_tag} bigain-fx {sources_digest()}{kernels}"):
+    with config.patch(cache_key_tag=f"{config.cache_key_tag} bigain-fx {_source()}{kernels}"):
         yield
 
 
 @cache
-def sources_digest() -> str:
-    """A digest of the source of our operators."""
+def _source() -> str:
     modules = [file.read_bytes() for file in sorted(Path(ops.__file__).parent.glob("*.py"))]
     return hashlib.sha256(b"".join(modules)).hexdigest()
 

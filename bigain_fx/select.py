@@ -30,7 +30,7 @@ from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import MergeMethod, Methods
 from bigain_fx.passes.ops import DECIDING
 from bigain_fx.passes.pipeline import Rewritten, rewrite
-from bigain_fx.regions import as_function, boundary, described, own_cache, sources_digest
+from bigain_fx.regions import as_function, boundary, described, own_cache
 from bigain_fx.stopwatch import interleaved, synchronizer
 
 log = logging.getLogger("bigain_fx")
@@ -129,13 +129,15 @@ def _cost(dense: GraphModule, alone: GraphModule, compile: Compile, setup: str) 
     plan, rest = [node for node in after if node in deciding], [node for node in after if node not in deciding]
     device = next(value.device for node in before if isinstance(value := node.meta["val"], Tensor))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    about = (setup, torch.__version__, sources_digest(), name, os.cpu_count(), torch.get_num_threads())
+    with own_cache():  # whose tag tells operators and kernels
+        tag = torch.compiler.config.cache_key_tag
+    about = (setup, torch.__version__, tag, name, os.cpu_count(), torch.get_num_threads())
     text = str((about, *(described(part, *boundary(part)) for part in (before, rest, plan))))
     file = Path(cache_dir()) / "bigain_fx" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-    if file.is_file():
-        return Cost(**{part: Span(**span) for part, span in json.loads(file.read_text()).items()})
+    if known := _read(file):
+        return known
     values: dict[str, Any] = {}
-    with torch.no_grad(), own_cache():
+    with torch.inference_mode(False), torch.no_grad(), own_cache():
         calls = [
             _ready(part, module, values, compile) for part, module in ((before, dense), (plan, alone), (rest, alone))
         ]
@@ -196,6 +198,14 @@ def _spans(calls: Sequence[Callable[[], object]], device: torch.device) -> list[
     rounds = min(max(ROUNDS[0], int(SECONDS / first)), ROUNDS[1])
     found = [(min(seconds), *statistics.quantiles(seconds, n=4)) for seconds in interleaved(calls, rounds, wait)]
     return [Span(*(1e3 * second for second in spans)) for spans in found]
+
+
+def _read(file: Path) -> Cost | None:
+    """What :func:`_store` kept, if it is there and as this version writes it."""
+    try:
+        return Cost(**{part: Span(**span) for part, span in json.loads(file.read_text()).items()})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def _store(file: Path, text: str) -> None:

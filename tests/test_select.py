@@ -151,6 +151,20 @@ def test_times_are_kept_and_belong_to_one_setup(timed: Callable[..., list[int]],
     optimized(bgx.LaplacianMerge(0.25))
     optimized(MERGE, inputs={"image": INPUTS["image"][:1], "text": INPUTS["text"][:1]})
     assert measured == [3] * 4
+    file.write_text('{"dense": {}}')  # as another version would have left it
+    assert merges(optimized(MERGE).report) == ["merge"] * 2
+    assert measured == [3] * 5
+
+
+def test_the_kernels_switch_belongs_to_the_setup(
+    timed: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = timed((0.010, 0.001, 0.001))
+    monkeypatch.delenv("BIGAIN_TRITON", raising=False)
+    optimized(MERGE)
+    monkeypatch.setenv("BIGAIN_TRITON", "1")
+    optimized(MERGE)
+    assert measured == [3, 3]
 
 
 def test_where_times_cannot_be_kept_they_are_measured_again(

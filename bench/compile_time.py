@@ -8,7 +8,6 @@ memory at every call of a function (seconds, for dense and rewritten graphs alik
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import statistics
@@ -160,11 +159,9 @@ def first_call(name: str, method: str, depth: int = 0) -> None:
 
 def to_markdown(found: dict[str, Any]) -> str:
     """Where and how it was measured, and a table."""
-    versions = ", ".join(f"{name} {version or '-'}" for name, version in found["versions"].items())
     lines = [
         f"# {found['layout']}: time to compile", "",
-        f"- {', '.join(f'{name} {value}' for name, value in found['machine'].items())}",
-        f"- {versions}",
+        f"- {result.place(found)}",
         f"- {found['parameters'] / 1e6:.1f} M parameters" + NARROWED * (found["layout"] in NARROW),
         f"- median of {found['rounds']} fresh processes each, in turns, with empty kernel caches; {found['date']}",
         f"- `{found['command']}`", "",
@@ -189,13 +186,10 @@ def main(
     console = Console()
     for name in layouts:
         parameters = sum(parameter.numel() for parameter in narrow(name).model.parameters())
-        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        about = result.about(torch.device("cpu"), "compile_time")
         rows = run(name, rounds, lambda text: console.print(text, markup=False, highlight=False))
         found = {
-            "layout": name, "parameters": parameters, "rounds": rounds, "date": date,
-            "command": f"python -m bigain_fx.bench.compile_time {result.command(sys.argv[1:])}",
-            "machine": result.machine(torch.device("cpu")), "versions": result.versions(),
-            "rows": [asdict(row) for row in rows],
+            "layout": name, "parameters": parameters, "rounds": rounds, **about, "rows": [asdict(row) for row in rows],
         }  # fmt: skip
         result.write(out / f"compile-{name}.json", json.dumps(found, indent=1) + "\n")
         result.write(out / f"compile-{name}.md", to_markdown(found))

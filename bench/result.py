@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -9,7 +10,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,25 @@ class BenchResult:
 
 def _text(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def about(device: torch.device, module: str) -> dict[str, Any]:
+    """When and on what it is measured, by ``python -m bigain_fx.bench.<module>`` with the arguments of this process."""
+    return {
+        "date": now(), "command": f"python -m bigain_fx.bench.{module} {command(sys.argv[1:])}".rstrip(),
+        "machine": machine(device), "versions": versions(),
+    }  # fmt: skip
+
+
+def now() -> str:
+    """Date and time, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def place(found: Mapping[str, Any]) -> str:
+    """On what ``found`` was measured, in words."""
+    kinds = (found["machine"], found["versions"])
+    return "; ".join(", ".join(f"{name} {value}" for name, value in kind.items() if value) for kind in kinds)
 
 
 def machine(device: torch.device) -> dict[str, str | int]:

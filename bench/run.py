@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 import statistics
@@ -78,7 +77,7 @@ def run(
         console.print(note, soft_wrap=True, markup=False)
     if out is not None:
         result.prepare(out)
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    date = result.now()
     device = next(workload.model.parameters()).device
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),

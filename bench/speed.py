@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bigain_fx.bench import result
+from bigain_fx.bench import result, timing
+from bigain_fx.bench.rows import TOMESD
 
 Result = Mapping[str, Any]
 
@@ -16,8 +17,12 @@ HEAD = """# Speed
 
 What `python -m bigain_fx.bench.suite` measured, by suite; [README.md](../README.md) says how, and what columns mean.
 Each workload is one interleaved run; speed-ups are within it, over its dense compiled row (ONNX rows: over dense ONNX).
+*Over tomesd*: likewise over tomesd, compiled, where a row merges as much.
 """
-COLUMNS = ("workload", "tokens", "row", "median (ms)", "speed-up", "95 %", "efficiency", "peak (MB)", "compile (s)")
+COLUMNS = (
+    "workload", "tokens", "row", "median (ms)", "speed-up", "95 %", "efficiency", "over tomesd", "peak (MB)",
+    "compile (s)",
+)  # fmt: skip
 
 
 def load(folder: Path, names: Iterable[str]) -> list[Result]:
@@ -32,7 +37,7 @@ def to_markdown(results_of: Mapping[str, Sequence[Result]]) -> str:
     for suite, results in results_of.items():
         if not results:
             continue
-        places = dict.fromkeys(_place(found) for found in results)
+        places = dict.fromkeys(result.place(found) for found in results)
         parts += [f"\n## {suite}\n\n", *(f"- {place}\n" for place in places)]
         parts += [f"- {found['file']}: {note}\n" for found in results for note in found["notes"]]
         parts.append(f"\n| {' | '.join(COLUMNS)} |\n| --- | ---: | --- |{' ---: |' * (len(COLUMNS) - 3)}\n")
@@ -40,16 +45,25 @@ def to_markdown(results_of: Mapping[str, Sequence[Result]]) -> str:
     return "".join(parts)
 
 
-def _place(found: Result) -> str:
-    machine = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    return f"{machine}; {versions}"
-
-
 def title(found: Result) -> str:
     """What was run, in words: ``"sd2, bfloat16, reduce-overhead"``."""
     kinds = [found["workload"], found["dtype"], found["backend"] != "inductor" and found["backend"], found["mode"]]
     return ", ".join(kind for kind in kinds if kind)
+
+
+def over_tomesd(found: Result, row: Mapping[str, Any]) -> timing.Estimate | None:
+    """How many times faster ``row`` is than tomesd compiled; None where that is not there or merges otherwise.
+
+    Rows that merge as much share a bound.
+    """
+    for peer in found["rows"]:
+        if peer["name"].startswith(TOMESD) and peer["bound"] is not None and peer["bound"] == row["bound"]:
+            return None if peer is row else timing.speedup(peer["seconds"], row["seconds"], found["seed"])
+    return None
+
+
+def _text(ratio: timing.Estimate | None) -> str:
+    return "-" if ratio is None else f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def _cells(found: Result, row: Mapping[str, Any]) -> list[str]:
@@ -60,6 +74,7 @@ def _cells(found: Result, row: Mapping[str, Any]) -> list[str]:
         f"{row['median_s'] * 1e3:.1f}", f"{speedup['median']:.2f}x",
         f"{speedup['low']:.2f} to {speedup['high']:.2f}",
         "-" if row["efficiency"] is None else f"{row['efficiency']:.2f}",
+        _text(over_tomesd(found, row)),
         "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / result.MB:.0f}",
         "-" if compiled is None else f"{compiled:.1f}" + " (cached)" * row["compile_cached"],
     ]  # fmt: skip

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +21,6 @@ from bigain_fx.passes.grammar import parse
 def to_markdown(found: Mapping[str, Any]) -> str:
     """Where and how it was measured, and a table."""
     compiled, parts, total = found["compiled"], found["parts"], found["total_s"]
-    versions = ", ".join(f"{name} {version or '-'}" for name, version in found["versions"].items())
 
     def line(name: str, key: str, seconds: float) -> str:
         alone = f"{compiled[key] * 1e3:.2f}" if key in compiled else "-"
@@ -32,8 +29,7 @@ def to_markdown(found: Mapping[str, Any]) -> str:
 
     lines = [
         f"# {found['workload']}, {found['method']}: where the time of a call goes", "",
-        f"- {', '.join(f'{name} {value}' for name, value in found['machine'].items())}; {found['dtype']}",
-        f"- {versions}",
+        f"- {result.place(found)}; {found['dtype']}",
         f"- {found['rounds']} rounds; {found['date']}",
         f"- `{found['command']}`", "",
         "| part | calls | node by node (ms) | share | compiled alone (ms) |", "| --- | ---: | ---: | ---: | ---: |",
@@ -57,12 +53,11 @@ def main(
 ) -> None:
     """Divide one call of MODEL into score, match, select, merge, unmerge, attention, linear, convolution and rest."""
     result.prepare(out)
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    about = result.about(torch.device(device), "split")
     workload = load(model, size=size, batch=batch, device=device, dtype=getattr(torch, dtype), layers=layers)
     found = {
         "workload": Path(workload.name).name, "size": size, "batch": batch, "method": method, "dtype": dtype.value,
-        "rounds": rounds, "date": date, "command": f"python -m bigain_fx.bench.split {result.command(sys.argv[1:])}",
-        "machine": result.machine(torch.device(device)), "versions": result.versions(),
+        "rounds": rounds, **about,
     } | split(workload, parse(method), rounds)  # fmt: skip
     side = [str(size)] if size else []
     stem = "-".join(["split", device, found["workload"], *side, f"batch{batch}", dtype.value, method.replace(":", "-")])

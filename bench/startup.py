@@ -7,7 +7,6 @@ compared.
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import statistics
@@ -142,11 +141,9 @@ def first_step(options: str) -> None:
 
 def to_markdown(found: dict[str, Any]) -> str:
     """Where and how it was measured, and a table."""
-    versions = ", ".join(f"{name} {version or '-'}" for name, version in found["versions"].items())
     lines = [
         f"# {found['workload']}: time to the first step, {found['method']}", "",
-        f"- {', '.join(f'{name} {value}' for name, value in found['machine'].items())}",
-        f"- {versions}",
+        f"- {result.place(found)}",
         f"- median of {found['rounds']} fresh processes each, in turns, without importing torch; {found['date']}",
         f"- `{found['command']}`", "",
         "| way | import (s) | ready (s) | first call (s) | in all (s) | relative L2 |",
@@ -168,13 +165,11 @@ def main(
 ) -> None:
     """Time MODEL to its first step in fresh processes: optimized, as a package, as ONNX."""
     result.prepare(out)
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    about = result.about(torch.device("cpu"), "startup")
     with tempfile.TemporaryDirectory() as folder:
         rows = run(model, methods, size, batch, rounds, Path(folder))
     found = {
-        "workload": Path(model).name, "method": methods, "size": size, "batch": batch, "rounds": rounds, "date": date,
-        "command": f"python -m bigain_fx.bench.startup {result.command(sys.argv[1:])}",
-        "machine": result.machine(torch.device("cpu")), "versions": result.versions(),
+        "workload": Path(model).name, "method": methods, "size": size, "batch": batch, "rounds": rounds, **about,
         "rows": [asdict(row) for row in rows],
     }  # fmt: skip
     stem = f"startup-{Path(model).name}"

@@ -6,7 +6,6 @@ is done; started again, it goes on from there.
 
 from __future__ import annotations
 
-import datetime
 import json
 import statistics
 from collections.abc import Sequence
@@ -109,9 +108,8 @@ def run(
         Console().print(f"{shape.side}x{shape.side}, width {shape.width}, {shape.method}: {row.ratio.median:.3f}")
         found["rows"].append(asdict(row) | {"holds": row.holds})
         found |= {
-            "rounds": rounds, "backend": backend, "layers": LAYERS, "batch": BATCH, "versions": result.versions(),
-            "machine": result.machine(torch.device(device)), "command": result.command(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "rounds": rounds, "backend": backend, "layers": LAYERS, "batch": BATCH,
+            **result.about(torch.device(device), "sweep"),
         }  # fmt: skip
         result.write(file, json.dumps(found, indent=1) + "\n")
     result.write(file.with_suffix(".md"), markdown(found))
@@ -121,12 +119,11 @@ def markdown(found: dict[str, Any]) -> str:
     """What was found, as a table."""
     rows = found["rows"]
     holding = sum(row["holds"] for row in rows)
-    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
     lines = [
         '# `select="auto"` over dense, both compiled', "",
         f"DiTs of {found['layers']} blocks, batch {found['batch']}; the interval reaches {FLOOR} at {holding} of "
         f"{len(rows)} shapes.", "",
-        f"{machine}; torch {found['versions']['torch']}; {found['rounds']} rounds in turn; {found['date']}; "
+        f"{result.place(found)}; {found['rounds']} rounds in turn; {found['date']}; "
         f"`{found['command']}`", "",
         "| grid | width | method | rewritten | dense (ms) | chosen (ms) | dense / chosen [95 %] |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: |",

@@ -195,11 +195,12 @@ def made_up(workload: str, side: int, tokens: int, rows: dict[str, float], **fie
     """A result whose rows have these speed-ups, with intervals of a tenth below and two tenths above."""
     return {
         "file": f"{workload}-{side}", "workload": workload, "dtype": "float32", "backend": "inductor", "mode": None,
-        "inputs": {"sample": [2, 4, side, side]}, "tokens": tokens, "notes": [],
+        "inputs": {"sample": [2, 4, side, side]}, "tokens": tokens, "notes": [], "seed": 0,
         "machine": {"cpu": "Abacus", "threads": 2}, "versions": {"torch": "2.13", "cuda": None},
         "rows": [
             {
-                "name": name, "median_s": 6 / factor,
+                "name": name, "median_s": 6 / factor, "seconds": [5 / factor, 6 / factor, 7 / factor],
+                "bound": "bound:merge:0.7" if name.endswith("0.7") else None,
                 "speedup": {"median": factor, "low": factor - 0.1, "high": factor + 0.2},
                 "efficiency": 0.5 if name.startswith("bigain") else None, "peak_bytes": 2_500_000,
                 "compile_s": None if name.endswith("eager") else 4.0, "compile_cached": name == "dense",
@@ -226,10 +227,12 @@ def test_table_against_numbers_by_hand() -> None:
     assert "- dit-64: no tomesd rows: none" in lines
     assert (
         "| [sd2, float32, 2x4x96x96](speed/sd2-96.md) | 9216 | `bigain-tm:0.7` | 4000.0 | 1.50x | 1.40 to 1.70 | 0.50 "
-        "| 2 | 4.0 |"
+        "| 1.20x (1.20 to 1.20) | 2 | 4.0 |"
     ) in lines
-    assert "| `dense` | 6000.0 | 1.00x | 0.90 to 1.20 | - | 2 | 4.0 (cached) |" in text
-    assert "| `dense eager` | 8000.0 | 0.75x | 0.65 to 0.95 | - | 2 | - |" in text
+    assert "| `dense` | 6000.0 | 1.00x | 0.90 to 1.20 | - | - | 2 | 4.0 (cached) |" in text
+    assert "| `dense eager` | 8000.0 | 0.75x | 0.65 to 0.95 | - | - | 2 | - |" in text
+    assert "| `tomesd:0.7` | 4800.0 | 1.25x | 1.15 to 1.45 | - | - | 2 | 4.0 |" in text
+    assert "| `bigain-tm:0.7` | 5000.0 | 1.20x | 1.10 to 1.40 | 0.50 | - | 2 | 4.0 |" in text, "no tomesd in that run"
     rows = [line for line in lines if line.startswith("| ")]
     assert len(rows) == 2 + 4 + 4 + 1
     assert {line.count("|") for line in rows} == {len(speed.COLUMNS) + 1}

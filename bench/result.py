@@ -23,7 +23,7 @@ from bigain_fx.bench.timing import Estimate, decibels
 
 MB = 1e6
 COLUMNS = (
-    "row", "median (ms)", "speed-up [95 %]", "over", "efficiency", "deviation (dB)", "relative L2", "peak (MB)",
+    "row", "median (ms)", "speed-up [95 %]", "over", "efficiency [95 %]", "deviation (dB)", "relative L2", "peak (MB)",
     "compile (s)", "GFLOPs", "sites",
 )  # fmt: skip
 
@@ -40,8 +40,8 @@ class Row:
         speedup: over the row ``base``, paired within rounds.
         base: ``"onnx:dense"`` for the other ONNX rows, else ``"dense"``.
         bound: name of the free bound of this method.
-        efficiency: share of the bound's gain that is realized, ``(dense - row) / (dense - bound)`` of the medians; None
-            where the bound itself gains nothing for certain (its interval reaches 1).
+        efficiency: share of the bound's gain that is realized, ``(dense - row) / (dense - bound)`` of the medians, with
+            its interval; None where the bound itself gains nothing for certain (its interval reaches 1).
         relative_l2: error of the output against dense eager; 0 is identical.
         peak_bytes: most memory allocated at once by a call, on top of weights and inputs.
         capture_s: to capture and rewrite the graph; for an ONNX row, to export and load it too.
@@ -57,7 +57,7 @@ class Row:
     speedup: Estimate
     base: str
     bound: str | None
-    efficiency: float | None
+    efficiency: Estimate | None
     relative_l2: float | None
     peak_bytes: int | None
     capture_s: float | None
@@ -77,8 +77,8 @@ class Row:
         compiled = _text(self.compile_s, ".1f") + " (cached)" * bool(self.compile_cached)
         return (
             self.name, f"{self.median_s * 1e3:.2f}",
-            f"{self.speedup.median:.3f} [{self.speedup.low:.3f}, {self.speedup.high:.3f}]", self.base,
-            _text(self.efficiency, ".0%"), exact if self.deviation_db is None else f"{self.deviation_db:.1f}",
+            str(self.speedup), self.base,
+            _text(self.efficiency, ""), exact if self.deviation_db is None else f"{self.deviation_db:.1f}",
             _text(self.relative_l2, ".2e"), _text(self.peak_bytes and self.peak_bytes / MB, ".1f"), compiled,
             f"{self.flops / 1e9:.2f}", str(self.sites),
         )  # fmt: skip
@@ -157,7 +157,7 @@ class BenchResult:
         return "\n".join(lines) + "\n"
 
 
-def _text(value: float | None, form: str) -> str:
+def _text(value: float | Estimate | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 

@@ -189,7 +189,7 @@ def _rows(
         limit = limit if limit in ready else None
         efficiency = None
         if limit is not None and speedups[limit].low > 1:
-            efficiency = (medians[DENSE] - medians[name]) / (medians[DENSE] - medians[limit])
+            efficiency = timing.efficiency(seconds[DENSE], seconds[name], seconds[limit], seed)
         compiled = row.built.kind == "compiled"
         table.append(
             Row(

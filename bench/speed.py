@@ -17,11 +17,11 @@ HEAD = """# Speed
 
 What `python -m bigain_fx.bench.suite` measured, by suite; [README.md](../README.md) says how, and what columns mean.
 Each workload is one interleaved run; speed-ups are within it, over its dense compiled row (ONNX rows: over dense ONNX).
-*Over tomesd*: likewise over tomesd, compiled, where a row merges as much.
+In parentheses are 95 % intervals over its rounds. *Over tomesd*: likewise over tomesd, compiled, where a row merges as
+much.
 """
 COLUMNS = (
-    "workload", "tokens", "row", "median (ms)", "speed-up", "95 %", "efficiency", "over tomesd", "peak (MB)",
-    "compile (s)",
+    "workload", "tokens", "row", "median (ms)", "speed-up", "efficiency", "over tomesd", "peak (MB)", "compile (s)",
 )  # fmt: skip
 
 
@@ -62,19 +62,17 @@ def over_tomesd(found: Result, row: Mapping[str, Any]) -> timing.Estimate | None
     return None
 
 
-def _text(ratio: timing.Estimate | None) -> str:
-    return "-" if ratio is None else f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+def _text(found: timing.Estimate | None, unit: str = "") -> str:
+    return "-" if found is None else f"{found.median:.2f}{unit} ({found.low:.2f} to {found.high:.2f})"
 
 
 def _cells(found: Result, row: Mapping[str, Any]) -> list[str]:
-    speedup, compiled = row["speedup"], row["compile_s"]
+    compiled = row["compile_s"]
     shape = "x".join(map(str, next(iter(found["inputs"].values()))))
     return [
         f"[{title(found)}, {shape}](speed/{found['file']}.md)", str(found["tokens"] or "-"), f"`{row['name']}`",
-        f"{row['median_s'] * 1e3:.1f}", f"{speedup['median']:.2f}x",
-        f"{speedup['low']:.2f} to {speedup['high']:.2f}",
-        "-" if row["efficiency"] is None else f"{row['efficiency']:.2f}",
-        _text(over_tomesd(found, row)),
+        f"{row['median_s'] * 1e3:.1f}", _text(timing.Estimate(**row["speedup"]), "x"),
+        _text(row["efficiency"] and timing.Estimate(**row["efficiency"])), _text(over_tomesd(found, row), "x"),
         "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / result.MB:.0f}",
         "-" if compiled is None else f"{compiled:.1f}" + " (cached)" * row["compile_cached"],
     ]  # fmt: skip

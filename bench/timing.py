@@ -29,6 +29,9 @@ class Estimate:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
 
 def interleave(
     calls: Mapping[str, Callable[[], Any]],
@@ -70,11 +73,28 @@ def interleave(
 
 def speedup(base: Sequence[float], row: Sequence[float], seed: int) -> Estimate:
     """How many times faster ``row`` is than ``base``, paired within rounds, with a seeded bootstrap interval."""
-    ratios = [before / after for before, after in zip(base, row, strict=True)]
+    return _estimate([base, row], lambda rounds: statistics.median(before / after for before, after in rounds), seed)
+
+
+def efficiency(base: Sequence[float], row: Sequence[float], bound: Sequence[float], seed: int) -> Estimate:
+    """The share of what ``bound`` gains over ``base`` that ``row`` gains, of medians, with an interval likewise."""
+
+    def share(rounds: Sequence[Sequence[float]]) -> float:
+        before, after, least = map(statistics.median, zip(*rounds, strict=True))
+        return (before - after) / (before - least) if before > least else 0.0
+
+    return _estimate([base, row, bound], share, seed)
+
+
+def _estimate(
+    seconds: Sequence[Sequence[float]], statistic: Callable[[Sequence[tuple[float, ...]]], float], seed: int
+) -> Estimate:
+    """``statistic`` of the rounds, and its 95 % interval when they are drawn again."""
+    rounds = list(zip(*seconds, strict=True))
     generator = random.Random(seed)
-    medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    drawn = sorted(statistic(generator.choices(rounds, k=len(rounds))) for _ in range(RESAMPLES))
     tail = round(0.025 * RESAMPLES)
-    return Estimate(statistics.median(ratios), medians[tail], medians[-1 - tail])
+    return Estimate(statistic(rounds), drawn[tail], drawn[-1 - tail])
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -258,6 +258,14 @@ def test_speedup_median_and_interval() -> None:
     assert narrow == timing.Estimate(2.0, 2.0, 2.0)
 
 
+def test_efficiency_of_medians_and_its_interval() -> None:
+    """Of one round each or of medians: 4 to 3, where the bound is 2, is half; 4 to 2.5 is three quarters."""
+    assert timing.efficiency([4.0], [3.0], [2.0], seed=0) == timing.Estimate(0.5, 0.5, 0.5)
+    found = timing.efficiency([4.0] * 5, [2.0, 3.0, 3.0, 3.0, 2.5], [2.0] * 5, seed=0)
+    assert found == timing.Estimate(0.5, 0.5, 1.0)
+    assert timing.efficiency([2.0, 2.0], [1.0, 1.0], [2.0, 1.0], seed=0).low == 0, "where a bound gains nothing"
+
+
 def test_speedup_of_one_round() -> None:
     assert timing.speedup([3.0], [2.0], seed=0) == timing.Estimate(1.5, 1.5, 1.5)
 
@@ -386,7 +394,8 @@ def test_efficiency(low: float, expected: float | None, monkeypatch: pytest.Monk
         monkeypatch.setattr(timing, "speedup", lambda *_: timing.Estimate(2.0, low, 2.5))
     report = run(dit_workload(), parse_list("tome:0.5"), rounds=2, backend="eager", progress=False)
     rows = {row.name: row for row in report.rows}
-    assert rows["tome:0.5"].efficiency == expected
+    found = rows["tome:0.5"].efficiency
+    assert (found and found.median) == expected
     assert rows["bound:merge:0.5"].efficiency is None
     assert rows["tome:0.5"].median_s == 3
 

@@ -21,7 +21,8 @@ from rich.console import Console
 
 import bigain_fx as bgx
 from bigain_fx import embedded
-from bigain_fx.bench import evidence_document
+from bigain_fx.bench import evidence_document, evidence_figures
+from bigain_fx.bench.evidence_document import BETTER
 from bigain_fx.embedded.data import Images, data_set
 from bigain_fx.embedded.train import save_atomically
 from bigain_fx.evidence import spectrum_report
@@ -50,8 +51,6 @@ class Study:
     generated: int
 
 
-BETTER = ":proportional=true:unmerge=blend"
-"""What is not in the paper."""
 STUDIES = (
     Study(
         "main",
@@ -67,16 +66,16 @@ STUDIES = (
         f"bigain-tm:0.7:proportional=true,bigain-tm:0.7:unmerge=blend,bigain-tm:0.7{BETTER},"
         f"tome:0.7{BETTER},block-pool:0.7,block-pool:0.7{BETTER},tome:0.75,bigain-tm:0.75,bigain-tm:0.75{BETTER},"
         f"bigain-tm:0.5{BETTER},bigain-tm:0.3{BETTER}",
-        200,
-        200,
+        100,
+        100,
     ),
     Study(
         "downsampling",
         "dense,todo:2,bigain-td:2:-0.25,bigain-td:2:0,bigain-td:2:0.25,bigain-td:2:0.5,bigain-td:2:0.75,bigain-td:2:0.9,"
         "bigain-td:2:1.2,bigain-td:2:1.4,bigain-td:2:0.8..1.2,bigain-td:2:1.2..0.8,bigain-td:2:0.4..-0.4,todo:4,"
         "bigain-td:4:0,bigain-td:4:0.5,bigain-td:4:0.9",
-        200,
-        200,
+        100,
+        100,
     ),
 )
 SPECTRA = "tome:0.7,bigain-tm:0.7,block-pool:0.7,todo:2,bigain-td:2:0.9,bigain-td:2:0"
@@ -180,7 +179,9 @@ def reading(folder: Path) -> str:
 
 def write(found: dict[str, dict[str, Any]], figures: Path, document: Path) -> None:
     """Write the document; links to figures are relative to it."""
-    evidence_document.overview(found).savefig(figures / "overview.png", dpi=130)
+    evidence_figures.overview(found).savefig(figures / "overview.png", dpi=130)
+    if evidence_document.swept(found):
+        evidence_figures.sweeps(found).savefig(figures / "sweeps.png", dpi=130)
     text = evidence_document.text(found, Path(os.path.relpath(figures, document.parent)), reading(figures))
     temporary = document.with_name(document.name + ".tmp")
     temporary.write_text(text)

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from bigain_fx.evidence.summary import Row, to_table
 
 Results = Mapping[str, Mapping[str, Any]]
 EAGER = "dense, eager"
+BETTER = ":proportional=true:unmerge=blend"
+"""What is not in the paper."""
 CLAIMS = (
     ("bigain-tm:0.7", "Merging 70 % of the tokens: destinations by the Laplacian against ToMe's"),
     (
@@ -58,37 +58,27 @@ def text(found: Results, figures: Path, reading: str = "") -> str:
     if mains:
         lines += [_overview(mains), f"![accuracy of every method on every denoiser]({figures / 'overview.png'})", ""]
         lines += ["## What holds", "", *_claims(mains), *reading.splitlines(), *_times(mains)]
+    if swept(found):
+        lines += ["## Over the ratio, and over alpha", "", f"![accuracy over both]({figures / 'sweeps.png'})", ""]
     for study, title in STUDIES.items():
         for model in models:
             if (result := found.get(f"{model}-{study}")) is not None:
                 file = figures / f"{model}-{study}.json"
-                lines += [f"## {title}: {model}", "", f"[{_count(result)}]({file})", "", to_table(_rows(result))]
+                lines += [f"## {title}: {model}", "", f"[{_count(result)}]({file})", "", to_table(rows_of(result))]
                 lines += [f"![{title}]({file.with_suffix('.png')})", ""]
     lines += _spectra({name: result for name, result in found.items() if name.endswith("-spectrum")}, figures)
     lines += _calibrations({name: result for name, result in found.items() if name.endswith("-calibration")})
     return "\n".join([*lines, *_how(mains)]) + "\n"
 
 
-def overview(found: Results) -> Figure:
-    """Accuracy of the main methods, a panel for each denoiser."""
-    mains = {name.removesuffix("-main"): result for name, result in found.items() if name.endswith("-main")}
-    figure = Figure(figsize=(3.4 * max(1, len(mains)) + 1.4, 3.2), layout="constrained")
-    panels = figure.subplots(1, max(1, len(mains)), sharey=True, squeeze=False)[0]
-    for axes, (model, result) in zip(panels, mains.items(), strict=False):
-        rows = _rows(result)
-        for place, row in enumerate(rows):
-            colour = "0.3" if row.against is None else "tab:blue" if "bigain" in row.method else "tab:orange"
-            axes.plot([100 * row.low, 100 * row.high], [place, place], color=colour)
-            axes.plot(100 * row.accuracy, place, "o", color=colour)
-        axes.axvline(100 / result["classes"], color="0.7", linestyle=":")
-        axes.set_yticks(range(len(rows)), [row.method for row in rows])
-        axes.set(title=model, xlabel="accuracy, %", xlim=(0, 100))
-        axes.grid(axis="x", color="0.9")
-    panels[0].invert_yaxis()
-    return figure
+def swept(found: Results) -> list[str]:
+    """The denoisers whose ratios or alphas were swept."""
+    ends = tuple(f"-{study}" for study in STUDIES)
+    return list(dict.fromkeys(name.rsplit("-", 1)[0] for name in found if name.endswith(ends)))
 
 
-def _rows(result: Mapping[str, Any]) -> list[Row]:
+def rows_of(result: Mapping[str, Any]) -> list[Row]:
+    """The rows of a result file."""
     return [Row(**row) for row in result["rows"]]
 
 
@@ -103,7 +93,7 @@ def _overview(mains: Results) -> str:
     for method in methods:
         cells = [f"`{method}`", WHAT.get(method, "")]
         for result in mains.values():
-            row = next((row for row in _rows(result) if row.method == method), None)
+            row = next((row for row in rows_of(result) if row.method == method), None)
             fid = "-" if row is None or row.fid is None else f"{row.fid:.2f}"
             accuracy = "-" if row is None else f"{100 * row.accuracy:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
             cells += [accuracy, fid]
@@ -117,7 +107,7 @@ def _claims(mains: Results) -> list[str]:
     for method, claim in CLAIMS:
         verdicts = []
         for model, result in mains.items():
-            row = next((row for row in _rows(result) if row.method == method), None)
+            row = next((row for row in rows_of(result) if row.method == method), None)
             if row is None or row.gain is None or row.gain_low is None or row.gain_high is None:
                 continue
             word = "better" if row.gain_low > 0 else "worse" if row.gain_high < 0 else "not decided"

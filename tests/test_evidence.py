@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bigain_fx.bench import evidence, evidence_document
+from bigain_fx.bench import evidence, evidence_document, evidence_figures
 from bigain_fx.passes.grammar import parse_list
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +56,30 @@ def test_every_study_has_a_section() -> None:
     assert "## Merging: photo-dit" in text
     assert "## Downsampling keys and values: photo-dit" in text
     assert "[100 images classified, 50 generated](figures/photo-dit-merging.json)" in text
-    assert len(evidence_document.overview(found).axes) == 1
+    assert "figures/sweeps.png" in text
+    assert len(evidence_figures.overview(found).axes) == 1
+
+
+def test_sweeps_are_drawn_over_the_ratio_and_over_alpha() -> None:
+    merging = result(
+        row("dense", 60), row("tome:0.7", 40), row("tome:0.5", 50), row("tome:0.7:destination=top-left", 1),
+        row(f"bigain-tm:0.7{evidence.BETTER}", 45), row("bigain-tm:0.7:window=8", 1),
+    )  # fmt: skip
+    downsampling = result(
+        row("dense", 60),
+        row("todo:2", 20),
+        row("bigain-td:2:-0.25", 42),
+        row("bigain-td:2:0.8..1.2", 1),
+        row("todo:4", 9),
+    )  # fmt: skip
+    figure = evidence_figures.sweeps({"photo-dit-merging": merging, "photo-dit-downsampling": downsampling})
+    above, below = (
+        {str(line.get_label()): [list(point) for point in line.get_xydata()] for line in axes.lines}
+        for axes in figure.axes
+    )
+    assert above.pop("dense")[0][1] == below.pop("dense")[0][1] == 60
+    assert above == {"ToMe": [[0.5, 50], [0.7, 40]], "with proportional attention and blending": [[0.7, 45]]}
+    assert below == {"4 times fewer keys": [[-0.25, 42], [1, 20]], "16 times fewer keys": [[1, 9]]}
 
 
 def test_spectra_and_calibrations_are_tables() -> None:

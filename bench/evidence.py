@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import truediv
 from pathlib import Path
 from statistics import fmean
@@ -82,8 +82,6 @@ SPECTRA = "tome:0.7,bigain-tm:0.7,block-pool:0.7,todo:2,bigain-td:2:0.9,bigain-t
 TIMESTEPS = (100, 500, 900)
 CALIBRATED = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
 RATIOS = tuple(LaplacianMerge(ratio, proportional=True, unmerge="blend") for ratio in (0.5, 0.7))
-CELLS = ((2, 2), (4, 4))
-"""Of which the one with less deviation is taken: larger cells let some attentions merge nearly all."""
 NAMES = (*(study.name for study in STUDIES), "spectrum", "calibration")
 SLOW, FEWER = ("mnist-unet", "photo-unet"), (200, 100)
 """Of these at most so many images are classified and generated: on 1,024 tokens they take four times as long."""
@@ -152,10 +150,9 @@ def calibrate(model: str, images: int, file: Path) -> None:
         methods = {"schedule": str(line.method), "constant": str(constant.method)}
         factors[str(factor)] = methods | {name: getattr(line, name) for name in ("timesteps", "best", "deviation")}
     for method in RATIOS:
-        cells = [bgx.calibrate(bundle.model, calls, method=replace(method, cell=cell)) for cell in CELLS]
-        relative = [fmean(map(truediv, each.deviation, cells[0].given)) for each in cells]
-        best = cells[relative.index(min(relative))]
-        found = {"relative": relative, "ratios": best.ratios, "tried": best.tried}
+        best = bgx.calibrate(bundle.model, calls, method=method)
+        relative = fmean(map(truediv, best.deviation, best.given))
+        found = {"relative": [relative], "ratios": best.ratios, "tried": best.tried}
         merging[str(method)] = {"method": str(best.method), **found}
     result = {
         "model": model, "images": images, "torch": torch.__version__, "factors": factors, "merging": merging,

@@ -93,7 +93,7 @@ def test_ratios_lose_less_for_no_more_work(method: Any) -> None:
     torch.manual_seed(1)
     model = tiny(layers=3).model
     model.transformer_blocks[1].attn1.to_out[0].weight.mul_(1e-3)
-    found = bgx.calibrate(model, calls(), method=method)
+    found = bgx.calibrate(model, calls(), method=method, cells=())
     assert found.timesteps == STEPS
     assert found.ratios == pytest.approx((0.25, 0.5, 0.75))
     ratios = found.method.ratio
@@ -114,9 +114,25 @@ def test_ratios_lose_less_for_no_more_work(method: Any) -> None:
 
 def test_the_method_stays_where_no_ratios_do_better() -> None:
     torch.manual_seed(0)
-    found = bgx.calibrate(tiny().model, calls(), method=bgx.LaplacianMerge(0.75))
+    found = bgx.calibrate(tiny().model, calls(), method=bgx.LaplacianMerge(0.75), cells=())
     assert found.method == bgx.LaplacianMerge(0.75)
     assert found.deviation == found.given
+
+
+def test_the_cell_is_taken_that_deviates_less() -> None:
+    torch.manual_seed(1)
+    model, method, relative = tiny(layers=3).model, bgx.LaplacianMerge(0.5), {}
+    for cell in ((2, 2), (4, 4)):
+        alone = bgx.calibrate(model, calls(), method=replace(method, cell=cell), cells=())
+        relative[cell] = sum(
+            after / before for after, before in zip(alone.deviation, deviations(model, method), strict=True)
+        )
+    found = bgx.calibrate(model, calls(), method=method)
+    assert found.method.cell == min(relative, key=relative.__getitem__)
+    assert found.given == pytest.approx(deviations(model, method), rel=1e-3)
+    assert found.deviation == pytest.approx(deviations(model, found.method), rel=1e-3)
+    assert gflops(model, found.method) <= gflops(model, method)
+    assert bgx.calibrate(model, calls(), method=method, cells=[(32, 32)]).method.cell == (2, 2), "no grid has that"
 
 
 def test_a_ratio_for_each_attention_is_checked() -> None:

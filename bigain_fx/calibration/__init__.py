@@ -15,6 +15,9 @@ from bigain_fx.families import GridHint
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.methods import KVDownsample, MergeMethod
 
+Cell = tuple[int, int]
+CELLS: tuple[Cell, ...] = ((4, 4),)
+
 __all__ = ["AlphaCalibration", "RatioCalibration", "calibrate"]
 
 
@@ -24,7 +27,12 @@ def calibrate(
 ) -> AlphaCalibration: ...
 @overload
 def calibrate(
-    model: nn.Module, calls: Iterable[Call], *, method: MergeMethod, schedule: bool = True, grid: GridHint = None
+    model: nn.Module,
+    calls: Iterable[Call],
+    *,
+    method: MergeMethod,
+    cells: Iterable[Cell] = CELLS,
+    grid: GridHint = None,
 ) -> RatioCalibration: ...
 def calibrate(
     model: nn.Module,
@@ -32,12 +40,13 @@ def calibrate(
     *,
     method: KVDownsample | MergeMethod,
     schedule: bool = True,
+    cells: Iterable[Cell] = CELLS,
     grid: GridHint = None,
 ) -> AlphaCalibration | RatioCalibration:
     """Fit ``method`` to ``model``, so that outputs deviate least from the dense ones at the same cost.
 
     A downsampling gets its alpha. A merge gets a ratio for each attention in place of the one that is given, for no
-    more FLOPs in all; a larger ``cell`` lets those that can bear it merge more (``docs/operators.md``, "Calibration").
+    more FLOPs in all, and the cell at which that does best (``docs/operators.md``, "Calibration").
 
     Args:
         model, grid: as for :func:`bigain_fx.optimize`.
@@ -45,6 +54,7 @@ def calibrate(
             of them over the whole range.
         method: whose alpha or ratio is replaced.
         schedule: find alpha as a :class:`LinearAlpha`; else a number. Ratios are the same at every timestep.
+        cells: ``(rows, columns)`` to try for a merge beside its own. Larger ones let some attentions merge nearly all.
 
     Raises:
         InputError: no call, one without a timestep or with several, or a schedule of alpha from one timestep; calls of
@@ -57,5 +67,5 @@ def calibrate(
     if isinstance(method, KVDownsample):
         return alpha.fit(model, given, method, schedule=schedule, grid=grid)
     if isinstance(method, MergeMethod):
-        return ratio.fit(model, given, method, grid=grid)
+        return ratio.fit(model, given, method, cells=tuple(cells), grid=grid)
     raise InputError(f"method={method!r} has neither an alpha nor a ratio; give a KVDownsample, or a merge")

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import truediv
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +37,13 @@ class RatioCalibration:
     """The ratios that fit best.
 
     Attributes:
-        method: with a ratio for each attention; the given one if none does better at its FLOPs.
+        method: with a ratio for each attention, and the cell that does best; the given one if none does better.
         timesteps: of the calls, ascending.
         deviation: mean squared deviation from the dense output at each of them, with ``method``.
         given: the same with the method that was given.
-        ratios: those that were tried on each attention alone.
-        tried: for each attention, what each of them loses: its deviation over ``given``, the mean of the timesteps.
+        ratios: those that were tried on each attention alone, with the cell of ``method``.
+        tried: for each attention, what each of them loses: its deviation over that of one ratio for all with this cell,
+            the mean of the timesteps.
     """
 
     method: MergeMethod
@@ -51,17 +54,35 @@ class RatioCalibration:
     tried: tuple[tuple[float, ...], ...]
 
 
-def fit(model: nn.Module, calls: Sequence[Call], method: MergeMethod, *, grid: families.GridHint) -> RatioCalibration:
-    """See :func:`bigain_fx.calibrate`.
-
-    Losses are taken to add up, and to be linear between the ratios that were tried; the result is checked.
-    """
+def fit(
+    model: nn.Module,
+    calls: Sequence[Call],
+    method: MergeMethod,
+    *,
+    cells: Sequence[tuple[int, int]],
+    grid: families.GridHint,
+) -> RatioCalibration:
+    """See :func:`bigain_fx.calibrate`."""
     optimize(model, method=method, backend="eager", grid=grid).prepare(**calls[0])  # every error there may be
     trial = _Trial(model, calls, grid)
     given, whole = trial.deviation(method)
-    count = len([record for record in whole.records if record.level and record.level <= (method.levels or math.inf)])
     if not float(given.min()) > 0:
         raise InputError(f"method={str(method)!r} rewrites no attention of {type(model).__name__}, or changes nothing")
+    found = [_fit(trial, method, given, whole)]
+    for other in (replace(method, cell=cell) for cell in cells if tuple(cell) != method.cell):
+        deviation, rewritten = trial.deviation(other)
+        if rewritten.flops_after <= whole.flops_after:  # more where a grid has no such cell
+            found.append(_fit(trial, other, deviation, rewritten))
+    best = min(found, key=lambda each: fmean(map(truediv, each.deviation, found[0].given)))
+    return replace(best, given=found[0].given)
+
+
+def _fit(trial: _Trial, method: MergeMethod, given: Tensor, whole: Rewritten) -> RatioCalibration:
+    """With the cell of ``method``, which makes the graph ``whole`` and deviates as ``given``.
+
+    Losses are taken to add up, and to be linear between the ratios that were tried; the result is checked.
+    """
+    count = len([record for record in whole.records if record.level and record.level <= (method.levels or math.inf)])
     cap = 1 - 1 / math.prod(method.cell)
     ratios = tuple(cap * share for share in TRIED)
     lost, saved = torch.zeros(2, count, len(ratios), dtype=torch.float64)

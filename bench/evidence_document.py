@@ -18,7 +18,10 @@ CLAIMS = (
         "bigain-tm:0.7:proportional=true:unmerge=blend",
         "The same with proportional attention and blended unmerging, which are not in the paper",
     ),
-    ("calibrated bigain-tm:0.7", "The same, and a ratio for each attention (`bigain_fx.calibrate`), at no more work"),
+    (
+        "calibrated bigain-tm:0.7",
+        "The same with the cell and the ratios that `bigain_fx.calibrate` finds, at no more work",
+    ),
     ("bigain-td:2:0.9", "Keys and values 4 times fewer: the paper's alpha, 0.9, against ToDo (alpha 1)"),
     ("bigain-td:2:0", "The same with alpha 0, average pooling"),
 )
@@ -27,7 +30,7 @@ WHAT = {
     "tome:0.7": "70 % of the tokens merge into random ones (ToMe)",
     "bigain-tm:0.7": "into the smoothest of each cell (the paper)",
     "bigain-tm:0.7:proportional=true:unmerge=blend": "with proportional attention and blended unmerging (ours)",
-    "calibrated bigain-tm:0.7": "and a ratio for each attention, by `calibrate` (ours)",
+    "calibrated bigain-tm:0.7": "and the cell and the ratios that `calibrate` finds (ours)",
     "todo:2": "4 times fewer keys and values, the nearest of each block (ToDo)",
     "bigain-td:2:0.9": "nearest and mean, mixed 9 to 1 (the paper)",
     "bigain-td:2:0": "the mean of each block",
@@ -53,11 +56,13 @@ def text(found: Results, figures: Path, reading: str = "") -> str:
         "ship with the package, on images held out from their training: digits of MNIST, and patches of photographs, "
         "each of which is a class (the right halves; the left ones were trained on). Large models may behave "
         "otherwise: `bigain-fx evaluate` measures yours.", "",
-        "Everything here was made by `python -m bigain_fx.bench.evidence`; it resumes where it was stopped.", "",
+        "Every number and figure is made by `python -m bigain_fx.bench.evidence`, which goes on where it was stopped; "
+        "what we make of them is written by hand.", "",
     ]  # fmt: skip
     if mains:
+        lines += [f"Accuracy has its 95 % interval; chance is {_chances(mains)}. FID: lower is better.", ""]
         lines += [_overview(mains), f"![accuracy of every method on every denoiser]({figures / 'overview.png'})", ""]
-        lines += ["## What holds", "", *_claims(mains), *reading.splitlines(), *_times(mains)]
+        lines += [*reading.splitlines(), "## Verdicts, claim by claim", "", *_claims(mains), *_times(mains)]
     if swept(found):
         lines += ["## Over the ratio, and over alpha", "", f"![accuracy over both]({figures / 'sweeps.png'})", ""]
     for study, title in STUDIES.items():
@@ -99,6 +104,11 @@ def _overview(mains: Results) -> str:
             cells += [accuracy, fid]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
+
+
+def _chances(mains: Results) -> str:
+    chances = {model.split("-")[0]: f"{100 / result['classes']:.0f} %" for model, result in mains.items()}
+    return ", ".join(f"{chance} on {data}" for data, chance in chances.items())
 
 
 def _claims(mains: Results) -> list[str]:
@@ -191,16 +201,19 @@ def _how(mains: Results) -> list[str]:
     lines = [
         "## How", "",
         "The classifier is that of [operators.md](operators.md): every class sees the same pairs of timestep and "
-        "noise, with every method. Accuracy has a 95 % Wilson interval. *Points* are accuracy minus that of the method "
-        "in *against*, image by image, with the paired 95 % bootstrap interval; *p* is McNemar's exact test. Nothing "
-        "is corrected for the number of comparisons. FID compares generated images with the held-out ones by the "
-        "features of a small classifier of the same data that ships with the package, not of Inception: it ranks "
-        "methods on one data set, and is comparable to no published figure.", "",
+        "noise, with every method. Accuracy has a 95 % Wilson interval. Points are accuracy minus that of ToMe or ToDo "
+        "at equal ratio or factor (in the long tables: of the method in *against*), image by image, with the paired "
+        "95 % bootstrap interval; *p* is McNemar's exact test. Nothing is corrected for the number of comparisons. FID "
+        "compares generated images with the held-out ones by the features of a small classifier of the same data that "
+        "ships with the package, not of Inception: it ranks methods on one data set, and is comparable to no published "
+        "figure.", "",
     ]  # fmt: skip
     for model, result in mains.items():
-        rounds = ", ".join(map(str, result["n_samples"]))
+        first, *later = result["n_samples"]
+        rounds = [f"{first} pairs of timestep and noise for each of {result['classes']} classes"]
+        rounds += [f"{pairs} in all for the best {kept}" for pairs, kept in zip(later, result["to_keep"], strict=False)]
         lines.append(
-            f"- {model}: {_count(result)}, rounds of {rounds} pairs, {result['steps']} steps, guidance "
+            f"- {model}: {_count(result)}; {', then '.join(rounds)}; {result['steps']} steps, guidance "
             f"{result['guidance']:g}; {result['machine']['processor']}, torch {result['machine']['torch']}."
         )
     return lines

@@ -16,7 +16,7 @@ RATIOS = {
     "tome:{}": ("ToMe", "tab:orange", "-"),
     "bigain-tm:{}": ("the paper", "tab:blue", "-"),
     "bigain-tm:{}" + BETTER: ("with proportional attention and blending", "tab:cyan", "-"),
-    "calibrated bigain-tm:{}": ("and a ratio for each attention", "tab:purple", "--"),
+    "calibrated bigain-tm:{}": ("and calibrated", "tab:purple", "--"),
 }
 """Label, colour and style of each row that is drawn over its ratio."""
 ALPHA = re.compile(r"bigain-td:(\d+):(-?\d+(?:\.\d+)?)|todo:(\d+)")

@@ -20,7 +20,9 @@ from bigain_fx.passes.grammar import SYNTAX
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(evidence)
 
-MODEL_HELP = "mnist-dit, mnist-unet, sd2, sdxl, dit-xl-2, pixart, sd3, flux, or a diffusers folder"
+MODEL_HELP = (
+    "mnist-dit, photo-dit, mnist-unet, photo-unet, sd2, sdxl, dit-xl-2, pixart, sd3, flux, or a diffusers folder"
+)
 
 
 class Dtype(StrEnum):

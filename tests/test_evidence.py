@@ -27,7 +27,8 @@ def row(method: str, correct: int, gain: tuple[float, float, float] | None = Non
 
 def result(*rows: dict[str, Any]) -> dict[str, Any]:
     return {
-        "model": "photo-dit", "data": "photo", "classes": 14, "images": 100, "generated": 50, "n_samples": [4, 12],
+        "model": "photo-dit", "data": "photo", "classes": 14, "images": 100, "generated": 50,
+        "n_samples": [4, 12], "to_keep": [5, 1],
         "steps": 20, "guidance": 2.0, "batch": 20, "ms": {"dense, eager": 8.0, "dense": 6.0, "bigain-tm:0.7": 5.0},
         "machine": {"processor": "some", "torch": "2"}, "rows": list(rows),
     }  # fmt: skip
@@ -46,6 +47,8 @@ def test_only_an_interval_without_zero_decides(gain: tuple[float, float, float],
     assert "(the paper) | 46.0 (36.0 to 56.0) | 12.3" in text
     assert "| photo-dit | `bigain-tm:0.7` | 5.0 | 1.60x | 1.20x |" in text
     assert "One call of 20 rows" in text
+    assert "chance is 7 % on photo." in text
+    assert "4 pairs of timestep and noise for each of 14 classes, then 12 in all for the best 5; 20 steps" in text
     assert "figures/overview.png" in text
     assert "\n## Ours\n" in evidence_document.text({"photo-dit-main": main}, Path("figures"), "## Ours\n")
 

@@ -40,8 +40,9 @@ class Row:
         speedup: over the row ``base``, paired within rounds.
         base: ``"onnx:dense"`` for the other ONNX rows, else ``"dense"``.
         bound: name of the free bound of this method.
-        efficiency: share of the bound's gain that is realized, ``(dense - row) / (dense - bound)`` of the medians, with
-            its interval; None where the bound itself gains nothing for certain (its interval reaches 1).
+        efficiency: share of what the bound saves that is saved, ``(1 - row / dense) / (1 - bound / dense)`` of the
+            medians of these ratios within rounds, with its interval; None where the bound itself gains nothing for
+            certain (its interval reaches 1).
         relative_l2: error of the output against dense eager; 0 is identical.
         peak_bytes: most memory allocated at once by a call, on top of weights and inputs.
         capture_s: to capture and rewrite the graph; for an ONNX row, to export and load it too.

@@ -77,11 +77,12 @@ def speedup(base: Sequence[float], row: Sequence[float], seed: int) -> Estimate:
 
 
 def efficiency(base: Sequence[float], row: Sequence[float], bound: Sequence[float], seed: int) -> Estimate:
-    """The share of what ``bound`` gains over ``base`` that ``row`` gains, of medians, with an interval likewise."""
+    """The share of what ``bound`` saves of the time of ``base`` that ``row`` saves, likewise."""
 
     def share(rounds: Sequence[Sequence[float]]) -> float:
-        before, after, least = map(statistics.median, zip(*rounds, strict=True))
-        return (before - after) / (before - least) if before > least else 0.0
+        saved = 1 - statistics.median(after / before for before, after, _ in rounds)
+        most = 1 - statistics.median(least / before for before, _, least in rounds)
+        return saved / most if most > 0 else 0.0
 
     return _estimate([base, row, bound], share, seed)
 

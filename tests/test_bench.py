@@ -258,11 +258,13 @@ def test_speedup_median_and_interval() -> None:
     assert narrow == timing.Estimate(2.0, 2.0, 2.0)
 
 
-def test_efficiency_of_medians_and_its_interval() -> None:
+def test_efficiency_is_paired_and_has_an_interval() -> None:
     """Dense 4 s, bound 2 s: 3 s are half of the gain, 2 s all of it."""
     assert timing.efficiency([4.0], [3.0], [2.0], seed=0) == timing.Estimate(0.5, 0.5, 0.5)
     found = timing.efficiency([4.0] * 5, [2.0, 3.0, 3.0, 3.0, 2.0], [2.0] * 5, seed=0)
     assert found == timing.Estimate(0.5, 0.5, 1.0)
+    slower = timing.efficiency([4.0, 4.0, 8.0], [3.0, 3.0, 6.0], [2.0, 2.0, 4.0], seed=0)
+    assert slower == timing.Estimate(0.5, 0.5, 0.5), "the machine halves its speed for a round"
     assert timing.efficiency([2.0, 2.0], [1.0, 1.0], [2.0, 1.0], seed=0).low == 0, "where a bound gains nothing"
 
 

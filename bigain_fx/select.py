@@ -2,7 +2,7 @@
 
 What a rewrite does to one attention is the difference of two graphs: the nodes of the dense one that are gone or read
 something else, and those that are there instead. Both are compiled by themselves and called in turns on random tensors
-of the right shapes. The plan is timed apart from the rest, since attentions may share it.
+of the right shapes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from torch.utils import _pytree as pytree
 
 from bigain_fx.passes.errors import first_line
 from bigain_fx.passes.grid import Grid
-from bigain_fx.passes.methods import MergeMethod, Methods
-from bigain_fx.passes.ops import DECIDING
+from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.pipeline import Rewritten, rewrite
 from bigain_fx.regions import as_function, boundary, described, own_cache
 from bigain_fx.stopwatch import interleaved, synchronizer
@@ -52,11 +51,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one attention costs: dense, and rewritten without the plan; and what the plan costs."""
+    """What one attention costs: dense, and rewritten."""
 
     dense: Span
     rewritten: Span
-    plan: Span
+
+    @property
+    def pays(self) -> bool:
+        """Whether rewriting wins by the fastest rounds, and by its upper quartile against the lower one of dense."""
+        return self.rewritten.fastest < self.dense.fastest and self.rewritten.high < self.dense.low
 
 
 def rewrite_where_faster(
@@ -64,9 +67,7 @@ def rewrite_where_faster(
 ) -> Rewritten:
     """As :func:`bigain_fx.passes.pipeline.rewrite`, but attentions that are no faster rewritten are kept.
 
-    Those that do the same at the same shapes are measured once, and those that share a plan are decided together. What
-    is new has to win by the fastest rounds of both, and by the upper quartile of its own against the lower quartile of
-    the dense ones: where a busy machine scatters them, dense stays.
+    Those that do the same at the same shapes are measured once. Where a busy machine scatters the times, dense stays.
 
     Args:
         module, methods, grid: as for ``rewrite``.
@@ -81,68 +82,55 @@ def rewrite_where_faster(
     if not places:
         return everything
     dense = rewrite(module, (), grid).module
-    shared = any(isinstance(method, MergeMethod) and method.share == "resolution" for method in methods)
     costs: dict[int, Cost] = {}
     kept: dict[int, str] = {}
-    for members in _groups(everything, places, shared=False):
+    for members in _alike(everything, places):
         alone = rewrite(module, methods, grid, dict.fromkeys(set(places) - {members[0]}, "")).module
         try:
             costs |= dict.fromkeys(members, _cost(dense, alone, compile, setup))
         except Exception as error:  # whatever a backend raises: what cannot be measured stays dense
             reason = first_line(getattr(error, "inner_exception", error))  # what Dynamo wraps
             kept |= dict.fromkeys(members, f"not measured: {reason}")
-    times: dict[int, tuple[float, float]] = {}
-    for members in _groups(everything, list(costs), shared):
-        plans = 1 / len(members) if shared else 1.0
-        found = [costs[place] for place in members]
-        spared = min(
-            sum(cost.dense.fastest - cost.rewritten.fastest - plans * cost.plan.fastest for cost in found),
-            sum(cost.dense.low - cost.rewritten.high - plans * cost.plan.high for cost in found),
-        )
-        for place, cost in zip(members, found, strict=True):
-            before, after = cost.dense.median, cost.rewritten.median + plans * cost.plan.median
-            times[place] = before, before if spared <= 0 else after
-            if spared <= 0:
-                kept[place] = f"no faster on this device: {before:.3g} ms dense, {after:.3g} ms rewritten"
+    for place, cost in costs.items():
+        if not cost.pays:
+            before, after = cost.dense.median, cost.rewritten.median
+            kept[place] = f"no faster on this device: {before:.3g} ms dense, {after:.3g} ms rewritten"
     chosen = rewrite(module, methods, grid, kept) if kept else everything
     records = tuple(
-        replace(record, ms=times[place][0], ms_after=times[place][1]) if place in times else record
+        replace(record, ms=known.dense.median, ms_after=(known.rewritten if known.pays else known.dense).median)
+        if (known := costs.get(place))
+        else record
         for place, record in enumerate(chosen.records)
     )
     return replace(chosen, records=records)
 
 
-def _groups(rewritten: Rewritten, places: Sequence[int], shared: bool) -> list[list[int]]:
-    """``places`` whose attentions share a plan, or else cost the same."""
+def _alike(rewritten: Rewritten, places: Sequence[int]) -> list[list[int]]:
+    """``places`` in groups whose attentions cost the same."""
     groups: dict[Any, list[int]] = {}
     for place in places:
         record = rewritten.records[place]
-        alike = (record.action, record.tokens, record.flops) if not shared else ()
-        groups.setdefault((record.grid, record.tokens_after, *alike), []).append(place)
+        kind = (record.grid, record.tokens_after, record.action, record.tokens, record.flops)
+        groups.setdefault(kind, []).append(place)
     return list(groups.values())
 
 
 def _cost(dense: GraphModule, alone: GraphModule, compile: Compile, setup: str) -> Cost:
     """What the rewrite costs that makes ``alone`` of ``dense``, measured now or earlier."""
     before, after = _changed(dense, alone), _changed(alone, dense)
-    deciding = _deciding(after)
-    plan, rest = [node for node in after if node in deciding], [node for node in after if node not in deciding]
     device = next(value.device for node in before if isinstance(value := node.meta["val"], Tensor))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     with own_cache():  # whose tag tells operators and kernels
         tag = torch.compiler.config.cache_key_tag
     about = (setup, torch.__version__, tag, name, os.cpu_count(), torch.get_num_threads())
-    text = str((about, *(described(part, *boundary(part)) for part in (before, rest, plan))))
+    text = str((about, *(described(part, *boundary(part)) for part in (before, after))))
     file = Path(cache_dir()) / "bigain_fx" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     if known := _read(file):
         return known
     values: dict[str, Any] = {}
     with torch.inference_mode(False), torch.no_grad(), own_cache():
-        calls = [
-            _ready(part, module, values, compile) for part, module in ((before, dense), (plan, alone), (rest, alone))
-        ]
-        spans = _spans(calls, device)
-    found = Cost(dense=spans[0], plan=spans[1], rewritten=spans[2])
+        calls = [_ready(part, module, values, compile) for part, module in ((before, dense), (after, alone))]
+        found = Cost(*_spans(calls, device))
     _store(file, json.dumps(asdict(found)))
     return found
 
@@ -158,21 +146,10 @@ def _call(node: Node) -> tuple[Any, ...]:
     return node.target, map_arg((node.args, node.kwargs), lambda operand: operand.name)
 
 
-def _deciding(nodes: Sequence[Node]) -> set[Node]:
-    """What works out the plan among ``nodes``: the operators that decide, what they alone read, and their results."""
-    found: set[Node] = set()
-    for node in reversed(nodes):
-        if node.target in DECIDING or any(user in found for user in node.users):
-            found.add(node)
-    return found | {node for node in nodes if node.target is operator.getitem and node.args[0] in found}
-
-
 def _ready(
     nodes: Sequence[Node], module: GraphModule, values: dict[str, Any], compile: Compile
 ) -> Callable[[], object]:
-    """A compiled call of ``nodes``; ``values``, by node, holds what was made so far and takes its results."""
-    if not nodes:
-        return lambda: None
+    """A call of ``nodes``, compiled when first called; ``values`` holds what was made up for inputs, by node."""
     inputs, outputs = boundary(nodes)
     for node in inputs:
         if node.op == "get_attr":
@@ -180,8 +157,6 @@ def _ready(
         elif node.name not in values:
             values[node.name] = pytree.tree_map_only(Tensor, _random, node.meta["val"])
     run, arguments = compile(as_function(nodes, inputs, outputs)), [values[node.name] for node in inputs]
-    results = pytree.tree_map_only(Tensor, Tensor.clone, run(*arguments))  # CUDA graphs write over what they gave
-    values |= dict(zip((node.name for node in outputs), results, strict=True))
     return lambda: run(*arguments)
 
 

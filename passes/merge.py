@@ -51,7 +51,7 @@ def refuse(site: AttentionSite, method: MergeMethod) -> str | None:
         return f"cell {method.cell} is larger than the grid {site.grid}"
     if tokens_after(site, method) == site.tokens:
         return f"ratio {method.ratios[0]:g} of {site.tokens} tokens merges none"
-    if method.metric == "stream" and _lead(site, method).above is None:
+    if method.metric == "stream" and site.above is None:
         return "metric 'stream': no norm is found above its input"
     if method.proportional and mask_of(site.sdpa) is not None:
         return "proportional: its attention has a mask already"
@@ -67,8 +67,8 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
         site = separated(surgeon, site, {node for path in site.paths.values() for node in path})
         regions = [(site.x, site.region)]
     left = tokens_after(site, method)
-    lead = _lead(site, method)
-    assign, rep, back = surgeon.once(("plan", lead.sdpa, method), lead.x, partial(_plan, surgeon, lead, method, left))
+    with surgeon.after(site.x):
+        assign, rep, back = _plan(surgeon, site, method, left)
     for source, region in regions:
         before, _, after = parts(region.layouts[source][1])
         fewer = Fewer(surgeon, region.layouts, left, rep)
@@ -92,11 +92,6 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
             whole = _unmerge(surgeon, known[node], _all_rows(surgeon, back, before, after, left), like=site.sdpa)
             node.replace_all_uses_with(whole)
     return site
-
-
-def _lead(site: AttentionSite, method: MergeMethod) -> AttentionSite:
-    """The site whose plan ``site`` merges by."""
-    return site.first if method.share == "resolution" and site.first is not None else site
 
 
 def _weigh(surgeon: Surgeon, sdpa: Node, groups: Node, count: int) -> None:

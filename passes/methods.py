@@ -16,7 +16,6 @@ CHOICES = {
     "metric": ("auto", "stream", "input"),
     "reduce": ("mean", "mlerp", "prune"),
     "unmerge": ("copy", "blend"),
-    "share": ("none", "resolution"),
 }
 LEADING = ("ratio", "factor", "alpha")
 """Fields that a text gives by their place; ``scope`` may be given by its value alone."""
@@ -74,7 +73,6 @@ class _Merge:
     reduce: str = "mean"
     proportional: bool = False
     unmerge: str = "copy"
-    share: str = "none"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -144,8 +142,6 @@ class LaplacianMerge(_Match):
             in the paper, which lets each count as one.
         unmerge: what a token that merged away gets back: ``"copy"``, its group's row (the paper), or ``"blend"``, a
             mean of the rows of the three groups most similar to it; not in the paper.
-        share: ``"resolution"`` lets all attentions on one grid use the plan of the first of them; ``"none"``, each
-            has a plan of its own (the paper).
         window: longest side, in tokens, of the tiles within which a token finds what it merges into; their sides divide
             the grid's. None is the whole grid (the paper); small windows cost less (``docs/operators.md``, "Windows").
         cell_layout: ``"block"``, cells as in the paper's text, or ``"row"``, as the released code forms them.
@@ -164,8 +160,7 @@ class ToMe(_Match):
     """ToMe for diffusion, the baseline: as :class:`LaplacianMerge`, with destinations that ignore the image.
 
     Attributes:
-        ratio, cell, levels, scope, align, metric, reduce, proportional, unmerge, share, window: as in
-            :class:`LaplacianMerge`.
+        ratio, cell, levels, scope, align, metric, reduce, proportional, unmerge, window: as in :class:`LaplacianMerge`.
         destination: ``"random"``, one draw per graph and grid from ``seed``, or ``"top-left"`` of each cell.
         seed: of the draw.
     """
@@ -187,7 +182,7 @@ class BlockPool(_Merge):
 
     Attributes:
         ratio: share of the tokens that go, rounded down to whole cells.
-        cell, levels, scope, align, metric, reduce, proportional, unmerge, share: as in :class:`LaplacianMerge`.
+        cell, levels, scope, align, metric, reduce, proportional, unmerge: as in :class:`LaplacianMerge`.
     """
 
     name: ClassVar[str] = "block-pool"

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from types import ModuleType
 
 from torch.fx import Graph, GraphModule, Node
@@ -115,10 +115,6 @@ def _rewrite(module: GraphModule, methods: Methods, grid: Grid | None, kept: Map
         unplaced = [site.tokens for site in sites_of.values() if isinstance(site, Unplaced)]
         check_hint(result.graph, grid, {site.x: site.tokens for site in sites}, unplaced)
     finest = sorted({site.grid for site in sites}, key=lambda sides: (-math.prod(sides), sides))
-    firsts: dict[tuple[Grid, int], AttentionSite] = {}
-    for first in sorted(sites, key=attrgetter("x")):
-        firsts.setdefault((first.grid, first.batch), first)
-
     names = [module_name(node) for node, _ in found]
     rows = [site.tokens if isinstance(site, AttentionSite) else _rows(node) for node, site in found]
     each = {method.kind: _for_each(method, sites, finest) for method in methods}
@@ -132,8 +128,7 @@ def _rewrite(module: GraphModule, methods: Methods, grid: Grid | None, kept: Map
             outcomes.append(("kept", f"{site.reason} (at {site.node})", tokens))
         else:
             chosen = [each[method.kind].get(node, method) for method in methods]
-            placed = replace(site, first=firsts[site.grid, site.batch])
-            outcomes.append(_rewrite_site(surgeon, placed, finest.index(site.grid), chosen))
+            outcomes.append(_rewrite_site(surgeon, site, finest.index(site.grid), chosen))
     outcomes.reverse()
     surgeon.finish()
     after = _module_flops(result.graph)

@@ -51,7 +51,6 @@ class AttentionSite:
         block: regions of the whole block, each with the tensor whose tokens it takes: those that read ``x``, the
             attention among them, then each later branch of the residual stream up to the next attention.
         layouts: of every node of ``paths`` and ``output``.
-        first: of the sites on this grid, the one that runs first.
     """
 
     name: str
@@ -67,7 +66,6 @@ class AttentionSite:
     output: Region = field(repr=False)
     block: tuple[tuple[Node, Region], ...] = field(repr=False)
     layouts: Mapping[Node, Layout] = field(repr=False)
-    first: AttentionSite | None = field(default=None, repr=False)
 
     @property
     def tokens(self) -> int:

@@ -25,7 +25,7 @@ from tests.test_optimize import dit, unet
 from tests.test_sample import _one_thread  # noqa: F401
 
 BETTER = "bigain-tm:0.7:proportional=true:unmerge=blend"
-CHEAP = "bigain-tm:0.7:share=resolution:window=8"
+CHEAP = "bigain-tm:0.7:window=8"
 METHODS = [
     "dense",
     "bigain-tm:0.7",

@@ -106,38 +106,6 @@ def test_every_branch_of_a_block_runs_on_merged_tokens(norm_before_cross: bool, 
     assert (expected - dense).norm() > 1e-2 * dense.norm()
 
 
-@pytest.mark.parametrize("unmerge", ["copy", "blend"])
-@pytest.mark.parametrize("scope", ["attention", "block"])
-def test_attentions_on_one_grid_share_the_plan_of_the_first(scope: str, unmerge: str) -> None:
-    torch.manual_seed(0)
-    model, inputs = Blocks(), (torch.randn(2, 3, H, W), torch.randn(2, 5, C))
-    method = bgx.LaplacianMerge(RATIO, scope=scope, share="resolution", unmerge=unmerge)
-    rewritten, output = run(model, method, *inputs)
-    assert [record.action for record in rewritten.records] == ["merge", "kept", "merge", "kept"]
-    names = [str(node.target) for node in rewritten.module.graph.nodes]
-    assert names.count("bigain.merge_plan.default") == 1
-    assert names.count("bigain.nearest_groups.default") == (unmerge == "blend")
-    if (scope, unmerge) != ("block", "copy"):
-        return
-    plans: list[oracle.Plan] = []
-
-    def planned(metric: Tensor) -> oracle.Plan:
-        plans.append(oracle.merge_plan(metric, GRID, (2, 2), MERGED))
-        return plans[0]
-
-    with torch.no_grad():
-        model.planned = planned
-        expected = model(*inputs)
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
-    assert plans[0].token_map() != plans[1].token_map()
-
-
-def test_plans_of_several_grids_or_ratios_are_not_shared() -> None:
-    model, inputs = Blocks(), (torch.randn(2, 3, H, W), torch.randn(2, 5, C))
-    rewritten, _ = run(model, bgx.ToMe((0.5, 0.25), share="resolution"), *inputs)
-    assert [record.tokens_after for record in rewritten.records if record.action == "merge"] == [N - N // 2, N - N // 4]
-
-
 @pytest.mark.parametrize(("scope", "merged"), [("block", True), ("attention", False)])
 def test_a_parallel_mlp_belongs_to_the_block_not_to_the_attention(scope: str, merged: bool) -> None:
     torch.manual_seed(0)

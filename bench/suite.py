@@ -91,8 +91,8 @@ CPU = (
     Run("pixart", DIT, 128, 1, layers=7),
     Run("sd3", DIT, 128, 1, layers=3),
     Run("sd2", UNET, 128, 1, tomesd="0.7"),
-    Run("flux", "dense,bigain-tm:0.7,bigain-tm:0.7:block", 128, 1, layers=1),
-    Run("sdxl", "dense,bigain-tm:0.7", 128, 1),
+    Run("flux", DIT, 128, 1, layers=1),
+    Run("sdxl", "dense,bigain-tm:0.7:window=16", 128, 1),
 )
 """The most telling runs first: a limit may cut the list short. With fewer layers where all of them take too long."""
 

@@ -85,12 +85,12 @@ SWEEP = (
 )
 CPU = (
     Run("sd2", UNET + ",todo:2", 64, 2, onnx="dense,bigain-tm:0.7", eager="bigain-tm:0.7", tomesd="0.7", rounds=5),
-    Run("dit-xl-2", SWEEP, 32, 2, onnx="dense,bigain-tm:0.7", eager="bigain-tm:0.7", tomesd="0.7", rounds=5),
     Run("sd2", UNET, 96, 2, tomesd="0.7"),
     Run("dit-xl-2", DIT + ",tome:0.7", 64, 2, tomesd="0.7"),
     Run("pixart", DIT, 128, 1, layers=7),
-    Run("sd3", DIT, 128, 1, layers=3),
     Run("sd2", UNET, 128, 1, tomesd="0.7"),
+    Run("sd3", DIT, 128, 1, layers=3),
+    Run("dit-xl-2", SWEEP, 32, 2, onnx="dense,bigain-tm:0.7", eager="bigain-tm:0.7", tomesd="0.7", rounds=5),
     Run("flux", DIT, 128, 1, layers=1),
     Run("sdxl", "dense,bigain-tm:0.7:window=16", 128, 1),
 )

@@ -60,7 +60,7 @@ OURS = {
         "KVDownsample": 1, "LaplacianMergePlan": 1, "LinearAlpha": 0, "Merge": 1, "Unmerge": 1,
     },
     BETTER: {"LaplacianMergePlan": 1, "Merge": 1, "GroupSizes": 1, "NearestGroups": 1, "Blend": 1},
-    CHEAP: {"LaplacianMergePlan": 0, "Merge": 1, "Unmerge": 1},
+    CHEAP: {"LaplacianMergePlan": 1, "Merge": 1, "Unmerge": 1},
 }  # fmt: skip
 """Functions of ours, as many a rewritten attention; 0 is one for all of them."""
 

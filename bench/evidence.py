@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import truediv
 from pathlib import Path
 from statistics import fmean
@@ -41,25 +41,30 @@ class Study:
 
     Attributes:
         name: of its files.
+        models: the denoisers that it is for.
         methods: in the text grammar.
         images, generated: how many.
     """
 
     name: str
+    models: tuple[str, ...]
     methods: str
     images: int
     generated: int
 
 
+DITS = ("mnist-dit", "photo-dit")
 STUDIES = (
     Study(
         "main",
+        embedded.NAMES,
         f"dense,tome:0.7,bigain-tm:0.7,bigain-tm:0.7{BETTER},todo:2,bigain-td:2:0.9,bigain-td:2:0",
         500,
         500,
     ),
     Study(
         "merging",
+        DITS,
         "dense,tome:0.3,bigain-tm:0.3,tome:0.5,bigain-tm:0.5,tome:0.7,tome:0.7:destination=top-left,bigain-tm:0.7,"
         "bigain-tm:0.7:cell_layout=row,bigain-tm:0.7:metric=input,bigain-tm:0.7:metric=stream,bigain-tm:0.7:reduce=mlerp,"
         "bigain-tm:0.7:reduce=prune,bigain-tm:0.7:window=8,bigain-tm:0.7:window=4,"
@@ -71,6 +76,7 @@ STUDIES = (
     ),
     Study(
         "downsampling",
+        DITS,
         "dense,todo:2,bigain-td:2:-0.25,bigain-td:2:0,bigain-td:2:0.25,bigain-td:2:0.5,bigain-td:2:0.75,bigain-td:2:0.9,"
         "bigain-td:2:1.2,bigain-td:2:1.4,bigain-td:2:0.8..1.2,bigain-td:2:1.2..0.8,bigain-td:2:0.4..-0.4,todo:4,"
         "bigain-td:4:0,bigain-td:4:0.5,bigain-td:4:0.9",
@@ -84,8 +90,9 @@ CALIBRATED = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
 RATIOS = tuple(LaplacianMerge(ratio, proportional=True, unmerge="blend") for ratio in (0.5, 0.7))
 NAMES = (*(study.name for study in STUDIES), "spectrum", "calibration")
 SLOW, FEWER = ("mnist-unet", "photo-unet"), (200, 100)
-"""Of these at most so many images are classified and generated: on 1,024 tokens they take four times as long."""
-QUICK = tuple(Study(study.name, study.methods, 20, 20) for study in STUDIES)
+"""Of these at most so many images are classified and generated, and nothing is swept: on 1,024 tokens they take four
+times as long."""
+QUICK = tuple(replace(study, images=20, generated=20) for study in STUDIES)
 
 
 def run(
@@ -112,7 +119,7 @@ def run(
         if "calibration" in wanted or not file.is_file():
             calibrate(model, images, file)
         for study in QUICK if quick else STUDIES:
-            if study.name not in wanted:
+            if study.name not in wanted or model not in study.models:
                 continue
             Console().print(f"{model}: {study.name}")
             most = FEWER if model in SLOW else (study.images, study.generated)

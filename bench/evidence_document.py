@@ -73,7 +73,8 @@ def text(found: Results, figures: Path, reading: str = "") -> str:
                 lines += [f"![{title}]({file.with_suffix('.png')})", ""]
     lines += _spectra({name: result for name, result in found.items() if name.endswith("-spectrum")}, figures)
     lines += _calibrations({name: result for name, result in found.items() if name.endswith("-calibration")})
-    return "\n".join([*lines, *_how(mains)]) + "\n"
+    evaluated = {name: result for name, result in found.items() if name.rsplit("-", 1)[1] in ("main", *STUDIES)}
+    return "\n".join([*lines, *_how(evaluated)]) + "\n"
 
 
 def swept(found: Results) -> list[str]:
@@ -197,7 +198,7 @@ def _calibrations(found: Results) -> list[str]:
     return ["## Which alpha", "", what, "", *lines, "", "## Which ratios", "", which, "", *ratios, ""]
 
 
-def _how(mains: Results) -> list[str]:
+def _how(evaluated: Results) -> list[str]:
     lines = [
         "## How", "",
         "The classifier is that of [operators.md](operators.md): every class sees the same pairs of timestep and "
@@ -208,12 +209,12 @@ def _how(mains: Results) -> list[str]:
         "ships with the package, not of Inception: it ranks methods on one data set, and is comparable to no published "
         "figure.", "",
     ]  # fmt: skip
-    for model, result in mains.items():
+    for name, result in evaluated.items():
         first, *later = result["n_samples"]
         rounds = [f"{first} pairs of timestep and noise for each of {result['classes']} classes"]
         rounds += [f"{pairs} in all for the best {kept}" for pairs, kept in zip(later, result["to_keep"], strict=False)]
         lines.append(
-            f"- {model}: {_count(result)}; {', then '.join(rounds)}; {result['steps']} steps, guidance "
+            f"- {name}: {_count(result)}; {', then '.join(rounds)}; {result['steps']} steps, guidance "
             f"{result['guidance']:g}; {result['machine']['processor']}, torch {result['machine']['torch']}."
         )
     return lines

@@ -56,6 +56,7 @@ def sweeps(found: Results) -> Figure:
         above.set(title=model, xlabel="ratio that merges", ylabel="accuracy, %")
         below.set(xlabel="alpha (0: mean, 1: nearest)", ylabel="accuracy, %")
     for axes in panels.flat:
+        axes.set_ylim(0, 100)
         axes.grid(color="0.93")
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)

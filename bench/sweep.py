@@ -16,10 +16,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from bigain_fx import optimize
-from bigain_fx.bench import result, timing
+from bigain_fx.bench import figure, result, timing
 from bigain_fx.passes.grammar import parse
 from bigain_fx.stopwatch import interleaved, synchronizer
 
@@ -90,7 +91,7 @@ def measure(shape: Shape, device: torch.device, rounds: int, backend: str) -> Ro
 
 
 def run(
-    out: Annotated[Path, typer.Option(help="folder for sweep-DEVICE.json and .md")] = Path("bench/results"),
+    out: Annotated[Path, typer.Option(help="folder for sweep-DEVICE.json, .md and .png")] = Path("bench/results"),
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     rounds: Annotated[int, typer.Option(help="of each shape")] = ROUNDS,
     backend: Annotated[str, typer.Option(help="as for torch.compile")] = "inductor",
@@ -113,6 +114,7 @@ def run(
         }  # fmt: skip
         result.write(file, json.dumps(found, indent=1) + "\n")
     result.write(file.with_suffix(".md"), markdown(found))
+    figure.save(draw(found["rows"]), file.with_suffix(".png"))
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -138,6 +140,25 @@ def markdown(found: dict[str, Any]) -> str:
             f"{found['layers']} | {row['dense_ms']:.2f} | {row['chosen_ms']:.2f} | {interval} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Speed-up over the tokens, with its interval: a panel for each method, a line for each width."""
+    drawn = Figure(figsize=(4.2 * len(METHODS), 3.6), layout="constrained")
+    for axes, method in zip(drawn.subplots(1, len(METHODS), sharey=True), METHODS, strict=True):
+        for width in WIDTHS:
+            found = [row for row in rows if (row["shape"]["method"], row["shape"]["width"]) == (method, width)]
+            tokens, ratios = [row["shape"]["side"] ** 2 for row in found], [row["ratio"] for row in found]
+            ends = [[abs(ratio["median"] - ratio[end]) for ratio in ratios] for end in ("low", "high")]
+            medians = [ratio["median"] for ratio in ratios]
+            axes.errorbar(tokens, medians, yerr=ends, marker="o", ms=4, capsize=2, label=f"{width} channels")
+        axes.axhline(1, color="0.6", linewidth=0.8)
+        axes.set(xscale="log", title=method, xlabel="tokens", ylabel="speed-up over dense, both compiled")
+        axes.set_xticks([side**2 for side in SIDES], [f"{side**2:,}" for side in SIDES], rotation=45)
+        axes.minorticks_off()
+        axes.grid(color="0.93")
+        axes.legend(frameon=False)
+    return drawn
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -51,12 +51,20 @@ def test_every_cell_of_the_tables_is_in_a_result_file() -> None:
                 assert cell == expected, (file, name)
 
 
-def test_the_dense_runtimes_are_compared_as_measured() -> None:
-    result = json.loads((ROOT / "bench/results/sd2-2x4x64x64-cpu-float32.json").read_text())
-    (row,) = (row for row in result["rows"] if row["name"] == "onnx:dense")
-    assert (
-        f"dense ONNX is {row['speedup']['median']:.2f}x as fast as dense compiled" in (ROOT / "README.md").read_text()
+def test_onnx_runtime_is_compared_as_measured() -> None:
+    result = json.loads((ROOT / "bench/results/speed/cpu-sd2-64-batch2-float32.json").read_text())
+    dense, merged = (
+        next(row["speedup"]["median"] for row in result["rows"] if row["name"] == f"onnx:{name}")
+        for name in ("dense", "bigain-tm:0.7")
     )
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"dense ONNX is {dense:.2f}x as fast as dense compiled, and merging gains {merged:.2f}x on top of it" in text
+
+
+def test_the_go_no_go_holds_as_often_as_claimed() -> None:
+    rows = json.loads((ROOT / "bench/results/sweep-cpu.json").read_text())["rows"]
+    claim = f"[{sum(row['holds'] for row in rows)} of {len(rows)} shapes](bench/results/sweep-cpu.md)"
+    assert claim in (ROOT / "README.md").read_text()
 
 
 def test_the_times_to_the_first_step_are_those_of_the_result_file() -> None:

@@ -36,6 +36,22 @@ def test_a_row_is_measured_once_and_the_table_has_them_all(tmp_path: Path, monke
     assert line in text
 
 
+def test_the_figure_shows_the_ratios() -> None:
+    rows = [
+        asdict(Row(Shape(side, 64, "bigain-td:2"), 2, 1.0, 1.0, timing.Estimate(ratio, ratio - 0.1, ratio + 0.2)))
+        for side, ratio in ((8, 1.0), (16, 1.5))
+    ]
+    merging, downsampling = sweep.draw(rows).axes
+    lines = {bar.get_label(): bar for bar in downsampling.containers}
+    points, _, (bars,) = lines["64 channels"].lines  # type: ignore[attr-defined]
+    assert (list(points.get_xdata()), list(points.get_ydata())) == ([64, 256], [1.0, 1.5])
+    assert [[y for _, y in segment] for segment in bars.get_segments()] == [
+        pytest.approx([0.9, 1.2]),
+        pytest.approx([1.4, 1.7]),
+    ]
+    assert not any(len(bar.lines[0].get_xdata()) for bar in merging.containers)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("high", "holds"), [(0.98, False), (0.99, True), (1.5, True)])
 def test_what_holds(high: float, holds: bool) -> None:
     assert Row(Shape(8, 64, "tome:0.7"), 1, 1.0, 1.0, timing.Estimate(0.9, 0.8, high)).holds == holds

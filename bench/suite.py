@@ -112,10 +112,10 @@ GPU = (
     _on_gpu("dit-xl-2", DIT, 64),
     _on_gpu("pixart", DIT, 128),
     _on_gpu("flux", DIT, 128, layers=4),
-    _on_gpu("sd2", UNET, 96, tomesd="0.7"),
+    _on_gpu("sd2", UNET, 128, dtype="float16", tomesd="0.7"),
     _on_gpu("sd2", UNET, 128, mode=GRAPHS, tomesd="0.7"),
     # the first eight are those of the first ten minutes
-    _on_gpu("sd2", UNET, 128, dtype="float16", tomesd="0.7"),
+    _on_gpu("sd2", UNET, 96, tomesd="0.7"),
     _on_gpu("sd2", UNET, 64, mode=GRAPHS, tomesd="0.7"),
     _on_gpu("sd2", UNET, 64, dtype="float16", tomesd="0.7"),
     _on_gpu("dit-xl-2", DIT, 64, mode=GRAPHS),

@@ -21,10 +21,16 @@ fi
 
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-shopt -s nullglob extglob
-wheels=("$carried"/!(numpy-*).whl) # torch's machine has its own numpy, as a rule
-"$python" -c 'import numpy' 2>/dev/null || wheels+=("$carried"/numpy-*.whl)
-if [ ${#wheels[@]} -gt 0 ]; then
+# What that machine has stays its own: its packages were chosen to work together, and with its torch.
+mapfile -t wheels < <("$python" - "$carried" <<'END'
+import pathlib, sys
+from importlib import metadata
+
+have = {each.name.lower().replace("-", "_") for each in metadata.distributions()}
+print(*(wheel for wheel in pathlib.Path(sys.argv[1]).glob("*.whl") if wheel.name.split("-")[0].lower() not in have), sep="\n")
+END
+)
+if [ -n "${wheels[*]}" ]; then
     "$python" -m pip install -q --no-index --no-deps --target "$site" "${wheels[@]}"
 fi
 
@@ -36,7 +42,7 @@ out=${OUT:-bench/results}
 if [ "${1:-}" = split ]; then
     run bigain_fx.bench.split --device cuda --dtype bfloat16 --out "$out" "${@:2}"
 else
-    # Eight runs compile side by side, then each is timed alone.
+    # Six runs compile side by side, then each is timed alone.
     export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
-    run bigain_fx.bench.suite "${1:-gpu}" --jobs 8 --limit 240 --out "$out" "${@:2}"
+    run bigain_fx.bench.suite "${1:-gpu}" --jobs 6 --limit 240 --out "$out" "${@:2}"
 fi

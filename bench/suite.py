@@ -79,6 +79,7 @@ class Run:
 
 UNET = "dense,tome:0.7,bigain-tm:0.7,bigain-tm:0.7:window=16,bigain-td:2"
 DIT = "dense,bigain-tm:0.7,bigain-tm:0.7:window=16,bigain-tm:0.7:block:window=16,bigain-td:2"
+OURS = "dense,bigain-tm:0.7:window=16,bigain-td:2"
 SWEEP = (
     "dense,tome:0.7,bigain-tm:0.3,bigain-tm:0.5,bigain-tm:0.7,bigain-tm:0.75,bigain-tm:0.7:block,"
     "bigain-tm:0.7:window=16,todo:2,bigain-td:2,bigain-td:4"
@@ -112,23 +113,23 @@ GPU = (
     _on_gpu("dit-xl-2", DIT, 64),
     _on_gpu("pixart", DIT, 128),
     _on_gpu("flux", DIT, 128, layers=4),
-    _on_gpu("sd2", UNET, 128, dtype="float16", tomesd="0.7"),
-    _on_gpu("sd2", UNET, 128, mode=GRAPHS, tomesd="0.7"),
-    # the first eight are those of the first ten minutes
-    _on_gpu("sd2", UNET, 96, tomesd="0.7"),
-    _on_gpu("sd2", UNET, 64, mode=GRAPHS, tomesd="0.7"),
-    _on_gpu("sd2", UNET, 64, dtype="float16", tomesd="0.7"),
-    _on_gpu("dit-xl-2", DIT, 64, mode=GRAPHS),
-    _on_gpu("pixart", DIT, 128, mode=GRAPHS),
-    _on_gpu("pixart", DIT, 128, dtype="float16"),
-    _on_gpu("flux", DIT, 128, layers=4, mode=GRAPHS),
+    # the first six are those of the first ten minutes
+    _on_gpu("sd2", OURS, 128, dtype="float16", tomesd="0.7"),
+    _on_gpu("sd2", OURS, 128, mode=GRAPHS, tomesd="0.7"),
+    _on_gpu("sd2", OURS, 64, mode=GRAPHS, tomesd="0.7"),
     _on_gpu("sd3", DIT, 128, layers=8),
+    _on_gpu("sd2", UNET, 96, tomesd="0.7"),
+    _on_gpu("sdxl", OURS, 128, mode=GRAPHS),
     # and the others
-    _on_gpu("sdxl", UNET, 128, mode=GRAPHS),
-    _on_gpu("sdxl", UNET, 128, dtype="float16"),
-    _on_gpu("sd2", UNET, 96, mode=GRAPHS, tomesd="0.7"),
-    _on_gpu("dit-xl-2", DIT, 64, dtype="float16"),
-    _on_gpu("flux", DIT, 128, layers=4, dtype="float16"),
+    _on_gpu("sd2", OURS, 64, dtype="float16", tomesd="0.7"),
+    _on_gpu("dit-xl-2", OURS, 64, mode=GRAPHS),
+    _on_gpu("pixart", OURS, 128, mode=GRAPHS),
+    _on_gpu("pixart", OURS, 128, dtype="float16"),
+    _on_gpu("flux", OURS, 128, layers=4, mode=GRAPHS),
+    _on_gpu("sdxl", OURS, 128, dtype="float16"),
+    _on_gpu("sd2", OURS, 96, mode=GRAPHS, tomesd="0.7"),
+    _on_gpu("dit-xl-2", OURS, 64, dtype="float16"),
+    _on_gpu("flux", OURS, 128, layers=4, dtype="float16"),
 )
 QUICK = (
     Run("mnist-dit", "dense,bigain-tm:0.7,bigain-td:2", rounds=2, backend="aot_eager"),

@@ -185,7 +185,7 @@ def test_the_gpu_script_runs_the_suite_with_what_it_carries(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     path, _, called = done.stdout.splitlines()[-1].partition("| ")
     assert path.split(":")[0] == str(ROOT)
-    assert called == "-m bigain_fx.bench.suite quick --jobs 8 --limit 240 --out elsewhere --limit 5"
+    assert called == "-m bigain_fx.bench.suite quick --jobs 6 --limit 240 --out elsewhere --limit 5"
 
 
 # ------------------------------------------------------------------------------------- table and figure

@@ -107,9 +107,9 @@ def _on_gpu(
 
 GRAPHS = "reduce-overhead"
 GPU = (
-    _on_gpu("sd2", UNET, 128, tomesd="0.7"),
-    _on_gpu("sd2", UNET, 64, tomesd="0.7"),
-    _on_gpu("sdxl", UNET, 128),
+    _on_gpu("sd2", OURS + ",bigain-tm:0.7", 128, tomesd="0.7"),
+    _on_gpu("sd2", OURS + ",bigain-tm:0.7", 64, tomesd="0.7"),
+    _on_gpu("sdxl", OURS + ",bigain-tm:0.7", 128),
     _on_gpu("dit-xl-2", DIT, 64),
     _on_gpu("pixart", DIT, 128),
     _on_gpu("flux", DIT, 128, layers=4),
@@ -118,7 +118,7 @@ GPU = (
     _on_gpu("sd2", OURS, 128, mode=GRAPHS, tomesd="0.7"),
     _on_gpu("sd2", OURS, 64, mode=GRAPHS, tomesd="0.7"),
     _on_gpu("sd3", DIT, 128, layers=8),
-    _on_gpu("sd2", UNET, 96, tomesd="0.7"),
+    _on_gpu("sd2", OURS + ",bigain-tm:0.7", 96, tomesd="0.7"),
     _on_gpu("sdxl", OURS, 128, mode=GRAPHS),
     # and the others
     _on_gpu("sd2", OURS, 64, dtype="float16", tomesd="0.7"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,25 @@ def test_the_gpu_script_runs_the_suite_with_what_it_carries(tmp_path: Path) -> N
     path, _, called = done.stdout.splitlines()[-1].partition("| ")
     assert path.split(":")[0] == str(ROOT)
     assert called == "-m bigain_fx.bench.suite quick --jobs 6 --limit 240 --out elsewhere --limit 5"
+
+
+def test_the_gpu_script_installs_what_its_machine_lacks(tmp_path: Path) -> None:
+    """What is there stays: an older package may be what another needs."""
+    (tmp_path / "bench" / "wheels").mkdir(parents=True)
+    shutil.copy(ROOT / "bench" / "gpu.sh", tmp_path / "bench")
+    for name in ("rich-99.0-py3-none-any.whl", "onnx_ir-99.0-py3-none-any.whl", "not_there-1.0-py3-none-any.whl"):
+        (tmp_path / "bench" / "wheels" / name).touch()
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = - ] && exec {sys.executable} "$@"\necho "$*"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", "quick"], cwd=tmp_path, capture_output=True, text=True,
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (installed,) = (line for line in done.stdout.splitlines() if line.startswith("-m pip install"))
+    wheels = [Path(word).name for word in installed.split() if word.endswith(".whl")]
+    assert wheels == ["not_there-1.0-py3-none-any.whl"]
 
 
 # ------------------------------------------------------------------------------------- table and figure

@@ -8,8 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bigain_fx.bench import result, timing
-from bigain_fx.bench.rows import TOMESD
+from bigain_fx.bench import goals, result, timing
 
 Result = Mapping[str, Any]
 
@@ -32,7 +31,7 @@ def load(folder: Path, names: Iterable[str]) -> list[Result]:
 
 
 def to_markdown(results_of: Mapping[str, Sequence[Result]]) -> str:
-    """A table for each suite that has results, with where they were measured, and what is missing."""
+    """A table for each suite that has results, with where they were measured, what is missing, and its goals."""
     parts = [HEAD]
     for suite, results in results_of.items():
         if not results:
@@ -42,6 +41,8 @@ def to_markdown(results_of: Mapping[str, Sequence[Result]]) -> str:
         parts += [f"- {found['file']}: {note}\n" for found in results for note in found["notes"]]
         parts.append(f"\n| {' | '.join(COLUMNS)} |\n| --- | ---: | --- |{' ---: |' * (len(COLUMNS) - 3)}\n")
         parts += [f"| {' | '.join(_cells(found, row))} |\n" for found in results for row in found["rows"]]
+        if reached := goals.to_markdown(suite, results, _link):
+            parts.append(f"\n### {suite}: the goals\n\n{reached}")
     return "".join(parts)
 
 
@@ -51,15 +52,9 @@ def title(found: Result) -> str:
     return ", ".join(kind for kind in kinds if kind)
 
 
-def over_tomesd(found: Result, row: Mapping[str, Any]) -> timing.Estimate | None:
-    """How many times faster ``row`` is than tomesd compiled; None where that is not there or merges otherwise.
-
-    Rows that merge as much share a bound.
-    """
-    for peer in found["rows"]:
-        if peer["name"].startswith(TOMESD) and peer["bound"] is not None and peer["bound"] == row["bound"]:
-            return None if peer is row else timing.speedup(peer["seconds"], row["seconds"], found["seed"])
-    return None
+def _link(found: Result) -> str:
+    shape = "x".join(map(str, next(iter(found["inputs"].values()))))
+    return f"[{title(found)}, {shape}](speed/{found['file']}.md)"
 
 
 def _text(found: timing.Estimate | None, unit: str = "") -> str:
@@ -68,11 +63,10 @@ def _text(found: timing.Estimate | None, unit: str = "") -> str:
 
 def _cells(found: Result, row: Mapping[str, Any]) -> list[str]:
     compiled = row["compile_s"]
-    shape = "x".join(map(str, next(iter(found["inputs"].values()))))
     return [
-        f"[{title(found)}, {shape}](speed/{found['file']}.md)", str(found["tokens"] or "-"), f"`{row['name']}`",
+        _link(found), str(found["tokens"] or "-"), f"`{row['name']}`",
         f"{row['median_s'] * 1e3:.1f}", _text(timing.Estimate(**row["speedup"]), "x"),
-        _text(row["efficiency"] and timing.Estimate(**row["efficiency"])), _text(over_tomesd(found, row), "x"),
+        _text(row["efficiency"] and timing.Estimate(**row["efficiency"])), _text(goals.over_tomesd(found, row), "x"),
         "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / result.MB:.0f}",
         "-" if compiled is None else f"{compiled:.1f}" + " (cached)" * row["compile_cached"],
     ]  # fmt: skip

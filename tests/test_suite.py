@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from bigain_fx import optimize
-from bigain_fx.bench import BenchError, figure, parts, result, speed, split, suite
+from bigain_fx.bench import BenchError, figure, goals, parts, result, speed, split, suite
 from bigain_fx.bench import run as bench
 from bigain_fx.bench.suite import Run
 from bigain_fx.models import load
@@ -244,7 +244,7 @@ RESULTS = [
 def test_table_against_numbers_by_hand() -> None:
     text = speed.to_markdown({"cpu": RESULTS, "gpu": []})
     lines = text.splitlines()
-    assert text.count("## ") == 1
+    assert text.count("\n## ") == 1
     assert lines.count("- cpu Abacus, threads 2; torch 2.13") == 1
     assert "- dit-64: no tomesd rows: none" in lines
     assert (
@@ -256,9 +256,29 @@ def test_table_against_numbers_by_hand() -> None:
     assert "| `tomesd:0.7` | 4800.0 | 1.25x (1.15 to 1.45) | - | - | 2 | 4.0 |" in text
     without = "| `bigain-tm:0.7` | 5000.0 | 1.20x (1.10 to 1.40) | 0.50 (0.40 to 0.60) | - | 2 | 4.0 |"
     assert without in text, "no tomesd in that run"
-    rows = [line for line in lines if line.startswith("| ")]
+    rows = [line for line in lines[: lines.index("### cpu: the goals")] if line.startswith("| ")]
     assert len(rows) == 2 + 4 + 4 + 1
     assert {line.count("|") for line in rows} == {len(speed.COLUMNS) + 1}
+
+
+def test_goals_against_numbers_by_hand() -> None:
+    sd2 = made_up("sd2", 96, 9216, {"dense": 1.0, goals.MERGING: 1.25, "tomesd:0.7": 1.0, goals.DOWNSAMPLING: 1.1})
+    for row in sd2["rows"][1:]:
+        row["bound"] = "bound:merge:0.7"
+    sd2["rows"][3] |= {"peak_bytes": 5_000_000, "efficiency": None}
+    small = made_up("dit-xl-2", 32, 256, {"bigain-td:2": 1.0})
+    found = [sd2, made_up("dit-xl-2", 64, 1024, {goals.BLOCK: 2.1}), small]
+    text = goals.to_markdown("cpu", found, lambda result: result["file"])
+    assert text.removeprefix(goals.HEAD).splitlines() == [
+        f"| efficiency, merging | 0.95 | sd2-96 | `{goals.MERGING}` | 0.50 (0.40 to 0.60) | no |",
+        "| efficiency, downsampling | 0.97 | sd2-96 | `bigain-td:2` | - | the bound is within noise of dense |",
+        f"| over tomesd, compiled | 1.15 | sd2-96 | `{goals.MERGING}` | 1.25 | yes |",
+        f"| over dense, merging | 1.30 | sd2-96 | `{goals.MERGING}` | 1.25 (1.15 to 1.45) | within the interval |",
+        f"| over dense, block scope | 2.00 | dit-xl-2-64 | `{goals.BLOCK}` | 2.10 (2.00 to 2.30) | yes |",
+        f"| peak memory, dense over ours | 1.00 | sd2-96 | `{goals.MERGING}` | 1.00 | yes |",
+        "| peak memory, dense over ours | 1.00 | sd2-96 | `bigain-td:2` | 0.50 | no |",
+    ]
+    assert goals.to_markdown("quick", found, str) == ""
 
 
 def test_figure_shows_the_same_numbers(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def shown(result: dict[str, Any], name: str) -> str:
         accuracy, low, high = (100 * value for value in (row["correct"] / row["images"], row["low"], row["high"]))
         return f"{accuracy:.1f} ({low:.1f} to {high:.1f})"
     if name == "dense":
-        return f"{row['median_s']:.2f} s"
+        return f"{row['median_s']:.2f} s" if row["median_s"] >= 1 else f"{1e3 * row['median_s']:.1f} ms"
     return "{median:.2f}x ({low:.2f} to {high:.2f})".format(**row["speedup"])
 
 

@@ -86,9 +86,9 @@ SWEEP = (
     "bigain-tm:0.7:window=16,todo:2,bigain-td:2,bigain-td:4"
 )
 CPU = (
-    Run("sd2", UNET + ",todo:2", 64, 2, onnx="dense,bigain-tm:0.7", eager="bigain-tm:0.7", tomesd="0.7", rounds=5),
+    Run("sd2", UNET + ",todo:2", 64, 2, onnx="dense,bigain-tm:0.7", eager="bigain-tm:0.7", tomesd="0.7", rounds=7),
     Run("sd2", UNET, 96, 2, tomesd="0.7"),
-    Run("dit-xl-2", DIT + ",tome:0.7", 64, 2, tomesd="0.7"),
+    Run("dit-xl-2", DIT + ",tome:0.7", 64, 2, tomesd="0.7", rounds=7),
     Run("pixart", DIT, 128, 1, layers=7),
     Run("sd2", UNET, 128, 1, tomesd="0.7"),
     Run("sd3", DIT, 128, 1, layers=3),

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bigain_fx.passes import ops
-from bigain_fx.passes.arguments import memory_of, mutates
+from bigain_fx.passes.arguments import memory_of, mutates, shows_its_input
 from bigain_fx.passes.ops import DECIDING
 from bigain_fx.passes.ops.kernels import switched_on
 from bigain_fx.passes.surgery import BRANCH
@@ -71,6 +71,29 @@ def _with_own_inputs(nodes: Sequence[Node]) -> list[Node]:
     return sorted(node for node in found if node.target is not operator.getitem or node.args[0] in found)
 
 
+def _with_offsets_outside(graph: Graph, nodes: Sequence[Node]) -> list[Node]:
+    """``nodes``, but what is read elsewhere and begins inside another's memory is taken once more there.
+
+    Inductor counts the offset of a view that a region returns twice (torch 2.11 to 2.13), and reads beyond its memory.
+    """
+    inside = dict.fromkeys(nodes)
+    for node in reversed(nodes):
+        if _has_offset(node) and any(user not in inside for user in node.users):
+            with graph.inserting_after(node):
+                again = graph.node_copy(node, lambda source: source)
+            node.replace_all_uses_with(again, lambda user: user not in inside)
+            if not node.users:
+                graph.erase_node(node)
+                del inside[node]
+    return list(inside)
+
+
+def _has_offset(node: Node) -> bool:
+    """Whether ``node``, or one of several results, is a view that begins elsewhere than what it is a view of."""
+    results = pytree.tree_leaves(node.meta["val"])
+    return shows_its_input(node) and any(isinstance(each, Tensor) and each.storage_offset() for each in results)
+
+
 def _call_as_region(module: GraphModule, nodes: Sequence[Node], regions: dict[str, Callable[..., Any]]) -> None:
     """Put one call in the place of ``nodes``.
 
@@ -78,7 +101,7 @@ def _call_as_region(module: GraphModule, nodes: Sequence[Node], regions: dict[st
     outputs may share memory, or weights are tensor subclasses (quantized): torch has no such regions.
     """
     graph = module.graph
-    nodes = sorted(nodes)  # an earlier call may have moved some
+    nodes = _with_offsets_outside(graph, sorted(nodes))  # an earlier call may have moved some
     inside, later = set(nodes), dict[Node, None]()
     node, last = nodes[0], nodes[-1]
     while node is not last:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 import bigain_fx as bgx
@@ -168,3 +169,19 @@ def test_equal_inputs_and_other_literals_are_another_region(name: str) -> None:
     calls = [node for node in found[0].graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph]
     # The plan knows the grid, and so does the downsampling; what runs on merged tokens does not.
     assert len({call.args[1] for call in calls}) == (4 if name == "both" else 3)
+
+
+def test_text_behind_the_image_leaves_a_region_as_it_is() -> None:
+    """It begins inside the memory of the attention's result, and inductor counts that offset twice where a region is
+    called twice."""
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=16, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=16,
+    ).eval()  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 16, 16), "encoder_hidden_states": torch.randn(1, 7, 16),
+        "pooled_projections": torch.randn(1, 16), "timestep": torch.tensor([500.0]), "return_dict": False,
+    }  # fmt: skip
+    expected = bgx.optimize(model, kwargs=inputs, method=METHODS["merge"], backend="eager")(**inputs)
+    torch.testing.assert_close(bgx.optimize(model, kwargs=inputs, method=METHODS["merge"])(**inputs), expected)

@@ -35,7 +35,7 @@ def draw(results: Sequence[Result]) -> Figure:
     for found in results:
         panels[title(found)].append(found)
     across, down = min(len(panels), COLUMNS), math.ceil(len(panels) / COLUMNS)
-    figure = Figure(figsize=(4 * across, 3.2 * down + 0.6), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     drawn: dict[str, Any] = {}
     for (name, shared), panel in zip(panels.items(), axes, strict=False):
@@ -43,7 +43,8 @@ def draw(results: Sequence[Result]) -> Figure:
     for empty in axes[len(panels) :]:
         empty.set_axis_off()
     labels = [label for label, _, _ in LINES.values() if label in drawn]
-    figure.legend([drawn[label] for label in labels], labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend([drawn[label] for label in labels], labels, loc="outside lower center", ncols=across, frameon=False)
+    figure.set_size_inches(4 * across, 3.2 * down + 0.22 * math.ceil(len(labels) / across))
     return figure
 
 

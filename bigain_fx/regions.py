@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bigain_fx.passes import ops
 from bigain_fx.passes.arguments import memory_of, mutates, shows_its_input
+from bigain_fx.passes.axes import aten
 from bigain_fx.passes.ops import DECIDING
 from bigain_fx.passes.ops.kernels import switched_on
 from bigain_fx.passes.surgery import BRANCH
@@ -78,7 +79,7 @@ def _with_offsets_outside(graph: Graph, nodes: Sequence[Node]) -> list[Node]:
     """
     inside = dict.fromkeys(nodes)
     for node in reversed(nodes):
-        if _has_offset(node) and any(user not in inside for user in node.users):
+        if _begins_inside(node) and any(user not in inside for user in node.users):
             with graph.inserting_after(node):
                 again = graph.node_copy(node, lambda source: source)
             node.replace_all_uses_with(again, lambda user: user not in inside)
@@ -88,10 +89,14 @@ def _with_offsets_outside(graph: Graph, nodes: Sequence[Node]) -> list[Node]:
     return list(inside)
 
 
-def _has_offset(node: Node) -> bool:
-    """Whether ``node``, or one of several results, is a view that begins elsewhere than what it is a view of."""
+def _begins_inside(node: Node) -> bool:
+    """Whether ``node``, or one of several results, is a view that begins inside the memory of what it is a view of."""
+    if node.target is aten.clone.default:  # inductor leaves it out where it keeps the strides
+        return _begins_inside(node.args[0])  # type: ignore[arg-type]
+    if not shows_its_input(node) or mutates(node):
+        return False
     results = pytree.tree_leaves(node.meta["val"])
-    return shows_its_input(node) and any(isinstance(each, Tensor) and each.storage_offset() for each in results)
+    return any(isinstance(each, Tensor) and each.storage_offset() for each in results)
 
 
 def _call_as_region(module: GraphModule, nodes: Sequence[Node], regions: dict[str, Callable[..., Any]]) -> None:

@@ -26,7 +26,8 @@ def _kind(node: Node) -> Any:
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return node.name
-    return type(value).__name__, tuple(value.shape), value.stride(), value.dtype, value.device
+    layout = tuple(value.shape), value.stride(), value.storage_offset()
+    return type(value).__name__, *layout, value.dtype, value.device
 
 
 class Surgeon:

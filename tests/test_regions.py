@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import operator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import bigain_fx as bgx
 from bigain_fx.capture import CallBinder, capture, flat_tensors
@@ -19,6 +22,7 @@ from bigain_fx.passes.surgery import BRANCH
 from bigain_fx.regions import as_regions
 from tests import toys
 
+ATEN = torch.ops.aten
 IMAGE = toys.image()
 OPS = Path(ops.__file__).parent
 METHODS = {
@@ -171,6 +175,46 @@ def test_equal_inputs_and_other_literals_are_another_region(name: str) -> None:
     assert len({call.args[1] for call in calls}) == (4 if name == "both" else 3)
 
 
+VIEWS: dict[str, Callable[[torch.fx.Graph, torch.fx.Node], torch.fx.Node]] = {
+    "slice": lambda graph, x: graph.call_function(ATEN.slice.Tensor, (x, 1, 2, 4)),
+    "its clone": lambda graph, x: graph.call_function(ATEN.clone.default, (VIEWS["slice"](graph, x),)),
+    "a view of it": lambda graph, x: graph.call_function(ATEN.unsqueeze.default, (VIEWS["slice"](graph, x), 0)),
+    "chunk": lambda graph, x: graph.call_function(
+        operator.getitem, (graph.call_function(ATEN.chunk.default, (x, 2, 1)), 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_what_begins_inside_memory_is_taken_outside_of_its_region(kind: str, inside: bool, last: bool) -> None:
+    """Wherever the view stands among the nodes, and whether or not the region needs it as well."""
+    graph = torch.fx.Graph()
+    whole = graph.call_function(ATEN.mul.Tensor, (graph.placeholder("x"), 2))
+    if last:
+        other = graph.call_function(ATEN.cos.default, (whole,))
+    view = VIEWS[kind](graph, whole)
+    if not last:
+        other = graph.call_function(ATEN.cos.default, (view if inside else whole,))
+    elif inside:
+        other = graph.call_function(ATEN.mul.Tensor, (other, graph.call_function(ATEN.sum.default, (view,))))
+    branch = [node for node in graph.nodes if node.op == "call_function"]
+    graph.output((graph.call_function(ATEN.sin.default, (view,)), other))
+    module, image = torch.fx.GraphModule(nn.Module(), graph), torch.randn(1, 4)
+    FakeTensorProp(module).propagate(image)
+    for node in branch:
+        node.meta[BRANCH] = "merge"
+    expected = module(image)
+    as_regions(module)
+    torch.testing.assert_close(module(image), expected)
+    (call,) = (node for node in module.graph.nodes if node.name.startswith("region"))
+    assert all(each.storage_offset() == 0 for each in call.target(image))
+    targets = {node.target for node in module.graph.nodes}
+    assert (ATEN.chunk.default if kind == "chunk" else ATEN.slice.Tensor) in targets
+    assert (ATEN.clone.default in targets) == (kind == "its clone")
+
+
 def test_text_behind_the_image_leaves_a_region_as_it_is() -> None:
     """It begins inside the memory of the attention's result, and inductor counts that offset twice where a region is
     called twice."""
@@ -184,4 +228,8 @@ def test_text_behind_the_image_leaves_a_region_as_it_is() -> None:
         "pooled_projections": torch.randn(1, 16), "timestep": torch.tensor([500.0]), "return_dict": False,
     }  # fmt: skip
     expected = bgx.optimize(model, kwargs=inputs, method=METHODS["merge"], backend="eager")(**inputs)
-    torch.testing.assert_close(bgx.optimize(model, kwargs=inputs, method=METHODS["merge"])(**inputs), expected)
+    fast = bgx.optimize(model, kwargs=inputs, method=METHODS["merge"])
+    assert not fast.prepare(**inputs).graph.graph.find_nodes(
+        op="call_function", target=ATEN.scaled_dot_product_attention.default
+    ), "all are in regions"
+    torch.testing.assert_close(fast(**inputs), expected)

@@ -1,7 +1,7 @@
 """The parts of a plan and of a merge that have a Triton kernel, as operators, and the switch between them and torch.
 
-They pass their tests on an H200, but have not been timed there, so they are off unless ``BIGAIN_TRITON=1`` is in the
-environment. It is read whenever an operator is called or traced. What is in plain torch beside them stays the
+No GPU has timed them yet (``bench/README.md`` says what one confirmed), so they are off unless ``BIGAIN_TRITON=1`` is
+in the environment. It is read whenever an operator is called or traced. What is in plain torch beside them stays the
 reference. Unmerging has no kernel: inductor fuses that gather into the residual sum.
 
 Each operator is opaque to a compiler. They have no derivative; tensors that require one take the way of plain torch.

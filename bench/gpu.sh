@@ -22,15 +22,16 @@ fi
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 # What that machine has stays its own: its packages were chosen to work together, and with its torch.
-mapfile -t wheels < <("$python" - "$carried" <<'END'
-import pathlib, sys
+missing=$("$python" - "$carried" <<'END'
+import pathlib, re, sys
 from importlib import metadata
 
-have = {each.name.lower().replace("-", "_") for each in metadata.distributions()}
+have = {re.sub("[-.]", "_", each.name.lower()) for each in metadata.distributions() if each.name}
 print(*(wheel for wheel in pathlib.Path(sys.argv[1]).glob("*.whl") if wheel.name.split("-")[0].lower() not in have), sep="\n")
 END
 )
-if [ -n "${wheels[*]}" ]; then
+if [ -n "$missing" ]; then
+    mapfile -t wheels <<<"$missing"
     "$python" -m pip install -q --no-index --no-deps --target "$site" "${wheels[@]}"
 fi
 

@@ -279,6 +279,7 @@ def test_goals_against_numbers_by_hand() -> None:
         "| peak memory, dense over ours | 1.00 | sd2-96 | `bigain-td:2` | 0.50 | no |",
     ]
     assert goals.to_markdown("quick", found, str) == ""
+    assert goals.memory(sd2 | {"mode": "reduce-overhead"}, sd2["rows"][1]) is None, "CUDA graphs' pool is not seen"
 
 
 def test_figure_shows_the_same_numbers(tmp_path: Path) -> None:

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from bigain_fx.families import attention_backend
+from bigain_fx.model_state import ModelState, constant_key
 from bigain_fx.passes.errors import CaptureError, InputError, first_line
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.quantized import plain_weights, put_back
+from bigain_fx.torch_internals import one_at_a_time
 
 
 @dataclass(frozen=True)
@@ -78,25 +81,42 @@ class CallBinder:
 
 
 def _is_default(value: Any, default: Any) -> bool:
-    return value is default or (type(value) is type(default) and not isinstance(value, Tensor) and value == default)
+    if value is default:
+        return True
+    return (
+        type(value) is type(default) and not isinstance(value, Tensor) and constant_key(value) == constant_key(default)
+    )
 
 
 def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A hashable key of what a graph is specific to: structure, shapes, dtypes, devices, constants, and the modes that
-    the caller is in, autocast and diffusers' attention backend.
+    """A hashable key of what a graph is specific to: structure, shapes, strides, dtypes, devices, constants, and the
+    modes that the caller is in, autocast and diffusers' attention backend.
 
     Raises:
-        InputError: a constant that cannot be compared with the next call's, such as an array.
+        InputError: a constant that cannot be compared with the next call's, such as an array, or a sparse tensor.
     """
     leaves, spec = pytree.tree_flatten(dict(arguments))
     for leaf in leaves:
         if not isinstance(leaf, Tensor | Hashable):
             raise InputError(f"an input is a {type(leaf).__name__}; pass a torch.Tensor, a number, a string or None")
     leaves_of = tuple(
-        (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+        (leaf.shape, _strides(leaf), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else constant_key(leaf)
         for leaf in leaves
     )
     return (str(spec), leaves_of, _modes(leaves))
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    """The strides that matter; None where the tensor is contiguous.
+
+    Raises:
+        InputError: a sparse tensor.
+    """
+    if tensor.layout is not torch.strided:
+        raise InputError(f"an input of shape {tuple(tensor.shape)} is {tensor.layout}; pass a dense one, to_dense()")
+    if tensor.is_contiguous():
+        return None
+    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _modes(leaves: Iterable[object]) -> tuple[tuple[str, object], ...]:
@@ -198,22 +218,19 @@ def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
         model: a denoiser in eval mode.
         arguments: canonical keyword arguments, as :meth:`CallBinder.bind` returns them.
 
+    Whatever happens, ``model`` is afterwards as it was before, or as a first call leaves it: some fill in a table then.
+    One thread captures at a time; meanwhile no other may run ``model`` itself.
+
     Raises:
-        CaptureError: ``torch.export`` cannot capture it (its error is chained), or forward writes into a plain tensor.
+        CaptureError: ``torch.export`` cannot capture it (its error is chained), forward writes into a plain tensor, or
+            it changes an attribute at every call.
     """
-    try:
-        with torch.no_grad(), plain_weights(model) as quantized:
-            program = torch.export.export(model, (), dict(arguments), strict=False)
-            module = program.module(check_guards=False)
-    except Exception as error:
-        raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {first_line(error)}") from error
-    assert isinstance(module, GraphModule)
-    put_back(module, quantized)
-    if written := _constant_written(module.graph, model):
-        raise CaptureError(
-            f"forward of {type(model).__name__} writes into a tensor that is no buffer ({written}), and a graph cannot "
-            "tell whether that lasts; for the scale of a LoRA, call set_adapters() instead"
-        )
+    with one_at_a_time():
+        before = ModelState(model)
+        program, module, changed = _exported(model, arguments, before)
+        _check_writes(module.graph, model)
+        if changed:
+            program, module = _exported_after_a_call(model, arguments, before)
     out_spec = program.call_spec.out_spec
     _check_static(module.graph, type(model).__name__)
     leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
@@ -226,6 +243,44 @@ def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
     module.graph.set_codegen(CodeGen())
     # A fresh module leaves behind the input checks that export hangs on its own.
     return Captured(GraphModule(module, module.graph), out_spec)
+
+
+def _exported(
+    model: nn.Module, arguments: Mapping[str, Any], state: ModelState
+) -> tuple[ExportedProgram, GraphModule, list[str]]:
+    """Export ``model``, which is in ``state`` and stays so; return what the export changed in it, too."""
+    try:
+        with torch.no_grad(), plain_weights(model) as quantized:
+            program = torch.export.export(model, (), dict(arguments), strict=False)
+            module = program.module(check_guards=False)
+    except Exception as error:
+        raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {first_line(error)}") from error
+    finally:
+        changed = state.restore()
+    assert isinstance(module, GraphModule)
+    put_back(module, quantized)
+    return program, module, changed
+
+
+def _exported_after_a_call(
+    model: nn.Module, arguments: Mapping[str, Any], before: ModelState
+) -> tuple[ExportedProgram, GraphModule]:
+    """Export ``model`` once a real call has filled in what it keeps for later ones, such as rotary tables."""
+    name = type(model).__name__
+    try:
+        with torch.no_grad():
+            model(**arguments)
+        program, module, changed = _exported(model, arguments, ModelState(model))
+        if changed:
+            raise CaptureError(
+                f"{name} cannot be captured: {changed[0]} changes at every call, and a graph would change it once"
+            )
+    except BaseException as error:
+        before.restore()
+        if isinstance(error, CaptureError) or not isinstance(error, Exception):
+            raise
+        raise CaptureError(f"{name} cannot be called: {first_line(error)}") from error
+    return program, module
 
 
 def _check_static(graph: Graph, model: str) -> None:
@@ -245,6 +300,15 @@ def _check_static(graph: Graph, model: str) -> None:
 
     if any(isinstance(leaf, str) for leaf in pytree.tree_leaves(graph.output_node().args)):
         raise CaptureError(f"{model} cannot be captured: it returns names where tensors belong; optimize its parts")
+
+
+def _check_writes(graph: Graph, model: nn.Module) -> None:
+    """Refuse a graph that writes into a tensor of ``model`` that is no weight."""
+    if written := _constant_written(graph, model):
+        raise CaptureError(
+            f"forward of {type(model).__name__} writes into a tensor that is no buffer ({written}), and a graph cannot "
+            "tell whether that lasts; for the scale of a LoRA, call set_adapters() instead"
+        )
 
 
 def _constant_written(graph: Graph, model: nn.Module) -> str | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from threading import RLock
+from itertools import count
 from typing import Any, Literal, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -25,15 +25,18 @@ from bigain_fx.capture import (
     renew,
     signature_of,
 )
+from bigain_fx.hooks import hook_in, traced_hooks
+from bigain_fx.model_state import ModelState, some
 from bigain_fx.passes.errors import GridError, InputError
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
 from bigain_fx.quantized import call_as_functions
-from bigain_fx.regions import as_regions, own_cache
+from bigain_fx.regions import as_regions
 from bigain_fx.report import Report
 from bigain_fx.settings import Settings
 from bigain_fx.standin import StandIn
-from bigain_fx.watch import Change, Watch, hook_in
+from bigain_fx.torch_internals import one_at_a_time
+from bigain_fx.watch import Watch
 
 log = logging.getLogger("bigain_fx")
 
@@ -57,11 +60,21 @@ class Prepared:
     report: Report
 
 
+class _Slot:
+    """One graph, and when it was used last."""
+
+    def __init__(self, prepared: Prepared, state: int, inputs: Key) -> None:
+        self.prepared, self.state, self.inputs, self.used = prepared, state, inputs, 0
+
+
 class OptimizedDenoiser(StandIn):
     """A denoiser whose self-attentions are compressed; it is called exactly as the original is, and passes for it.
 
     Its weights and submodules are the original's, under the same names. Whatever else the original has (``config``,
     ``dtype``, its class, ...) is read and set there. Copied or unpickled, it captures anew. Threads may share it.
+
+    A graph belongs to the signature of the inputs and to a state of the model: which adapter is active, say. The graphs
+    of a state are kept as long as the model has their weights.
 
     Attributes:
         original: the model it was made from; its weights are these weights.
@@ -72,11 +85,13 @@ class OptimizedDenoiser(StandIn):
         super().__init__()
         self.methods = families.resolve(methods, model)
         self._settings, self._binder, self._read_grid = settings, CallBinder(model), families.GridReader()
-        self._entries: dict[Key, Prepared] = {}
-        self._known: dict[Key, str] = {}  # every signature that was captured, the one used last at the end
-        self._latest: Prepared | None = None
+        self._graphs: dict[Key, _Slot] = {}  # by the number of a state, and a signature
+        self._known: dict[Key, str] = {}  # every signature that was captured
+        self._states: dict[frozenset[Any], tuple[int, ModelState]] = {}
+        self._state: tuple[int, ModelState] | None = None  # the model's, when last looked at
         self._watch: Watch | None = None
-        self._lock = RLock()
+        self._numbers, self._clock = count(), count(1)
+        self._latest: Prepared | None = None
         self._stand_in_for(model)
 
     @property
@@ -108,11 +123,12 @@ class OptimizedDenoiser(StandIn):
             BigainError: as for :func:`optimize`.
         """
         if example_inputs is None:
-            return self._entry(self._binder.bind(args, kwargs)[0])
+            return self._prepared(self._binder.bind(args, kwargs)[0])
         if args or kwargs:
             raise InputError("example_inputs is given beside other arguments; give one of them")
-        return tuple(self._entry(self._binder.bind(*call)[0]) for call in as_calls(example_inputs))
+        return tuple(self._prepared(self._binder.bind(*call)[0]) for call in as_calls(example_inputs))
 
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the denoiser; arguments and result are those of the original's ``forward``.
 
@@ -123,51 +139,115 @@ class OptimizedDenoiser(StandIn):
             CaptureError: a new input signature that ``torch.export`` cannot capture.
         """
         arguments, wants_class = self._binder.bind(args, kwargs)
-        entry = self._entry(arguments, expected=self._settings.on_new_signature == "raise")
-        with torch.inference_mode(False), torch.no_grad(), own_cache():
+        expected = self._settings.on_new_signature == "raise"
+        prepared = self._prepared(arguments, expected=expected)
+        with torch.inference_mode(False), torch.no_grad():
             # Tensors made in inference mode would recompile the graph; a copy made outside of it does not.
             inputs = [tensor.clone() if tensor.is_inference() else tensor for tensor in flat_tensors(arguments)]
-            output = pytree.tree_unflatten(entry.run(*inputs), entry.out_spec)
+            try:
+                outputs = self._run(prepared, inputs)
+            except Exception:
+                again = self._prepared(arguments, expected=expected, look=True)
+                if again is prepared:
+                    raise
+                prepared, outputs = again, self._run(again, inputs)
+            output = pytree.tree_unflatten(outputs, prepared.out_spec)
         if wants_class or not isinstance(output, Mapping):
             return output
         return tuple(output.values())
 
-    def _entry(self, arguments: Mapping[str, Any], *, expected: bool = False) -> Prepared:
-        """The graph for these arguments, captured if it is not there; ``expected``: only if it once was."""
-        with self._lock:
-            return self._find(arguments, expected)
+    def _run(self, prepared: Prepared, inputs: list[Tensor]) -> Any:
+        if not self._settings.has_cuda_graphs:
+            return prepared.run(*inputs)
+        # A CUDA graph writes its outputs to the same memory at every call, and a step of guidance makes two.
+        torch.compiler.cudagraph_mark_step_begin()
+        return pytree.tree_map_only(Tensor, torch.clone, prepared.run(*inputs))
 
-    def _find(self, arguments: Mapping[str, Any], expected: bool) -> Prepared:
-        change = self._watch.changed() if self._watch is not None else Change()
-        if change.what:
-            log.warning("%s changed, its graphs are captured anew when next called: %s", self._name, change.what)
-            self._entries.clear()
-        for entry in self._entries.values():
-            renew(entry.graph, change.renewed)
+    def _prepared(self, arguments: Mapping[str, Any], *, expected: bool = False, look: bool = False) -> Prepared:
+        """Return the graph for these arguments, captured if it is not there.
+
+        Args:
+            arguments: canonical keyword arguments.
+            expected: capture only what was captured once.
+            look: at everything, the dtypes, devices and shapes of weights too, which Dynamo guards else.
+        """
         grid = families.grid_for(self._settings.grid, arguments, self._read_grid(arguments))
         key = (signature_of(arguments), grid.grid)
-        if key not in self._entries:
-            inputs = described(arguments, grid.grid)
-            if key not in self._known and expected:
-                prepared = "; ".join(self._known.values()) or "nothing"
-                raise InputError(f"{inputs}: not prepared, and on_new_signature='raise'; prepared: {prepared}")
-            if key not in self._known and self._known:
-                count = len(self._known) + 1
-                log.warning("%s: new input signature, capturing graph %d: %s", self._name, count, inputs)
-            if grid.reason:
-                log.warning("%s: %s", self._name, grid.reason)
-            self._entries[key] = self._capture(arguments, grid.grid)
-            self._known.setdefault(key, inputs)
+        state, watch = self._state, self._watch
+        unmoved = state is not None and watch is not None and not watch.moved()
+        slot = self._graphs.get((state[0], key)) if unmoved and state is not None else None
+        if slot is None or look or (self._settings.backend == "eager" and state and not state[1].same_kinds()):
+            with one_at_a_time():
+                slot = self._found_or_made(arguments, key, grid, expected)
         elif torch.is_grad_enabled():
             check_gradients(arguments)
-        self._latest = self._entries[key]
-        self._known[key] = self._known.pop(key)
-        if len(self._known) > self._settings.max_graphs:
-            oldest = next(iter(self._known))
-            self._entries.pop(oldest, None)
+        slot.used = next(self._clock)
+        self._latest = slot.prepared
+        return slot.prepared
+
+    def _found_or_made(self, arguments: Mapping[str, Any], key: Key, grid: families.Reading, expected: bool) -> _Slot:
+        number = self._look()
+        if slot := self._graphs.get((number, key)):
+            if torch.is_grad_enabled():
+                check_gradients(arguments)
+            return slot
+        inputs = described(arguments, grid.grid)
+        if key not in self._known and expected:
+            prepared = "; ".join(self._known.values()) or "nothing"
+            raise InputError(f"{inputs}: not prepared, and on_new_signature='raise'; prepared: {prepared}")
+        if key not in self._known and self._known:
+            log.warning("%s: new input signature, capturing graph %d: %s", self._name, len(self._known) + 1, inputs)
+        if grid.reason:
+            log.warning("%s: %s", self._name, grid.reason)
+        captured = self._capture(arguments, grid.grid)
+        number = self._look(captured=True)  # where a first call filled something in, the model is in another state
+        slot = self._graphs[number, key] = _Slot(captured, number, key)
+        slot.used = next(self._clock)
+        self._known[key] = self._known.pop(key, inputs)
+        self._drop_oldest()
+        return slot
+
+    def _drop_oldest(self) -> None:
+        """Keep ``max_graphs`` graphs, and as many signatures."""
+        while len(self._graphs) > self._settings.max_graphs:
+            oldest = min(self._graphs.values(), key=lambda slot: slot.used)
+            del self._graphs[oldest.state, oldest.inputs]
             log.warning("%s: dropping a graph, max_graphs=%d: %s", self._name, self._settings.max_graphs,
-                        self._known.pop(oldest))  # fmt: skip
-        return self._latest
+                        self._known[oldest.inputs])  # fmt: skip
+        held = {inputs for _, inputs in self._graphs}
+        for inputs in [inputs for inputs in self._known if inputs not in held]:
+            if len(self._known) > self._settings.max_graphs:
+                del self._known[inputs]
+
+    def _look(self, captured: bool = False) -> int:
+        """Return the number of the state that the model is in, and make its graphs the ones that are used."""
+        if self._state is not None and self._watch is not None:
+            number, state = self._state
+            if state.same_objects():
+                if self._watch.moved():
+                    self._watch = Watch(state) if captured else self._watch.again()
+                return number
+        state = ModelState(self.original)
+        key = frozenset(state.facts.items())
+        number, before = self._states.get(key) or (next(self._numbers), state)
+        for slot in self._graphs.values():
+            if slot.state == number:
+                renew(slot.prepared.graph, before.renewed(state))
+        if self._state is not None and number != self._state[0] and not captured:
+            paths = self._state[1].differences(state)
+            if key in self._states:
+                log.info("%s is again as it was, and its graphs are there: %s", self._name, some(paths))
+            elif self._graphs:
+                log.warning("%s changed, its graphs are captured anew when next called: %s", self._name, some(paths))
+        weights = state.weights
+        self._states = {key: (number, state)} | {
+            other: (at, then) for other, (at, then) in self._states.items() if at != number and then.weights <= weights
+        }
+        numbers = {at for at, _ in self._states.values()}
+        self._graphs = {at: slot for at, slot in self._graphs.items() if slot.state in numbers}
+        # Noted last: whoever interrupts this finds the change once more.
+        self._watch, self._state = Watch(state), (number, state)
+        return number
 
     def _capture(self, arguments: Mapping[str, Any], grid: Grid | None) -> Prepared:
         if self.original.training:
@@ -175,7 +255,10 @@ class OptimizedDenoiser(StandIn):
         _check_hooks(self.original)
         check_inputs(self.original, arguments)
         captured = capture(self.original, arguments)
-        self._watch = Watch(self.original)
+        if hooked := traced_hooks(self.original):
+            log.warning(
+                "%s: forward hooks are part of its graph, and are not called again: %s", self._name, some(hooked)
+            )
         try:
             rewritten = self._settings.rewrite(captured.module, self.methods, grid)
         except GridError as error:
@@ -188,8 +271,13 @@ class OptimizedDenoiser(StandIn):
         log.info("%s", report.headline)
         if self._settings.backend != "eager":
             as_regions(rewritten.module)
-        run = self._settings.compile(rewritten.module)
+        run = self._settings.compile(rewritten.module, self._check_kinds)
         return Prepared(rewritten.module, run, captured.out_spec, report)
+
+    def _check_kinds(self) -> None:
+        """Refuse to compile a graph again for weights that are not what it was captured with."""
+        if self._state is not None and not self._state[1].same_kinds():
+            raise InputError(f"weights of {self._name} have other dtypes, devices or shapes than when it was captured")
 
     @property
     def _name(self) -> str:

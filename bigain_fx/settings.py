@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch._inductor import list_mode_options
 from torch.fx import GraphModule
 
 from bigain_fx import families
@@ -14,7 +16,9 @@ from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.pipeline import Rewritten, rewrite
+from bigain_fx.regions import own_cache
 from bigain_fx.select import rewrite_where_faster
+from bigain_fx.torch_internals import compiler
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,26 @@ class Settings:
             return rewrite(module, methods, grid)
         return rewrite_where_faster(module, methods, grid, self.compile, f"{self.backend} {self.mode} {self.options}")
 
-    def compile(self, module: GraphModule) -> Callable[..., Any]:
-        """``module`` for the backend, compiled when first called."""
+    def compile(self, module: GraphModule, check: Callable[[], None] = lambda: None) -> Callable[..., Any]:
+        """``module`` for the backend, compiled when first called; ``check`` is called before.
+
+        Dynamo compiles again where a weight has another dtype, device or shape.
+        """
         if self.backend == "eager":
             return module
         options = dict(self.options) if self.options is not None else None
-        compiled: Callable[..., Any] = torch.compile(
-            module, fullgraph=True, dynamic=False, backend=self.backend, mode=self.mode, options=options
-        )
+        inner = compiler(self.backend, self.mode, options)
+
+        def backend(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            check()
+            with own_cache():
+                return inner(graph, inputs)
+
+        compiled: Callable[..., Any] = torch.compile(module, fullgraph=True, dynamic=False, backend=backend)
         return compiled
+
+    @cached_property
+    def has_cuda_graphs(self) -> bool:
+        """Whether what is compiled writes its outputs to the same memory at every call."""
+        options = {**(list_mode_options(self.mode) if self.mode else {}), **(self.options or {})}
+        return self.backend == "inductor" and bool(options.get("triton.cudagraphs"))

@@ -1,155 +1,64 @@
-"""Whether a model is still the one that was captured.
-
-A captured graph shares its weights with the model: what is written into them is seen at once. Everything else that
-``forward`` may have read is a constant of the graph: which weights, submodules and hooks there are, and every plain
-attribute, down to the attributes of attention processors. A :class:`Watch` compares all of it, object by object, with
-what it was; only where an object is another one are values compared.
-"""
+"""Whether a model is still what it was: a look that costs next to nothing, at every call."""
 
 from __future__ import annotations
 
-import copy
-import enum
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import chain
+import gc
+from collections.abc import Iterable
 from operator import is_
-from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch._C._dynamo.guards import dict_version
 
-_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, enum.Enum)
-_REGISTRIES = {"_parameters", "_buffers", "_modules"}
-_READ_BY_CALLS = _REGISTRIES | {"training", "_forward_hooks", "_forward_pre_hooks"}
-# A hook of accelerate or diffusers that does anything is also an attribute called forward.
-_SKIPPED = (set(vars(nn.Module())) - _READ_BY_CALLS) | {"_hf_hook", "_diffusers_hook"}
-_END = object()
-
-
-@dataclass(frozen=True)
-class Change:
-    """What became of a model.
-
-    Attributes:
-        what: paths of what changed, as text; empty if nothing did.
-        renewed: buffers that gave way to others of their dtype, device and shape, as ``(old, new)``: every move of a
-            model, there and back, does that to all of them.
-    """
-
-    what: str = ""
-    renewed: tuple[tuple[Tensor, Tensor], ...] = ()
+from bigain_fx.model_state import ModelState
+from bigain_fx.torch_internals import Versions
 
 
 class Watch:
-    """What a graph of ``model`` depends on, beside the values of its weights.
+    """Notice that something was written into a container of ``state``, or a class exchanged.
 
-    Not seen: what is two objects away from a module, in a closure or in compiled code; modules in plain lists.
+    What was written may be what was there before; :meth:`ModelState.same_objects` and then the facts tell. Dtypes,
+    devices and shapes of tensors change without a trace: whoever compiles the graph guards them.
+
+    Args:
+        state: what the model is now.
+        restless: identities of dicts that are written without being changed: their items are compared.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._take()
+    def __init__(self, state: ModelState, restless: frozenset[int] = frozenset()) -> None:
+        self._state = state
+        containers = [holder.container for holder in state.holders]
+        dicts = [container for container in containers if isinstance(container, dict)]
+        attributes = set(map(id, map(vars, state.modules)))
+        calm = [items for items in dicts if id(items) not in restless]
+        self._restless = [(items, dict(items)) for items in dicts if id(items) in restless]
+        # Most registries of a model are empty, and any() looks at an empty one in no time.
+        self._empty = [items for items in calm if not items and id(items) not in attributes]
+        self._full = [items for items in calm if items and id(items) not in attributes]
+        modules = [module for module in state.modules if id(vars(module)) not in restless]
+        self._versions = Versions(modules, self._full)
+        self._calm = [*map(vars, modules), *self._full]
+        self._numbers = list(map(dict_version, self._calm))
+        self._lists: list[Any] = [container for container in containers if not isinstance(container, dict)]
+        self._members = gc.get_referents(*self._lists)
 
-    def changed(self) -> Change:
-        """What changed since the last call, or since this was made."""
-        if all(map(is_, self._live(), self._objects)) and self._kinds == self._kinds_now():
-            return Change()
-        before = copy.copy(self)  # it keeps what was there alive: no new object has the identity of an old one
-        self._take()
-        old, new = before._facts, self._facts
-        paths = [path for path in {**old, **new} if old.get(path, _END) != new.get(path, _END)]
-        renewed = self._renewed(before, paths)
-        rest = [path for path in paths if path not in renewed]
-        what = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
-        return Change(what, tuple(renewed.values()))
+    def moved(self) -> bool:
+        """Return whether something was written."""
+        return (
+            not self._versions.same()
+            or any(self._empty)
+            or not _identical(gc.get_referents(*self._lists), self._members)
+            or any(
+                not _identical(now, then) or not _identical(now.values(), then.values()) for now, then in self._restless
+            )
+        )
 
-    def _renewed(self, before: Watch, paths: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        """The buffers among ``paths`` in whose place another is now, and nowhere else."""
-        places, held = Counter(map(id, before._tensors)), set(map(id, self._tensors))
-        pairs = {path: (before._buffers.get(path), self._buffers.get(path)) for path in paths}
-        return {
-            path: (old, new)
-            for path, (old, new) in pairs.items()
-            if old is not None and new is not None and type(old) is type(new) and _kind(old) == _kind(new)
-            and places[id(old)] == 1 and id(old) not in held
-        }  # fmt: skip
-
-    def _take(self) -> None:
-        self._facts: dict[str, object] = {}
-        self._modules: list[nn.Module] = []
-        self._holders: list[Iterable[object]] = []
-        self._tensors: list[Tensor] = []
-        self._entered: set[int] = set()
-        self._buffers = dict(self._model.named_buffers(remove_duplicate=False))
-        for path, module in self._model.named_modules():
-            self._modules.append(module)
-            self._holders.append(vars(module).values())
-            self._note(path or type(module).__name__, module)
-            for name, value in vars(module).items():
-                if name not in _SKIPPED:
-                    self._note(_joined(path, "" if name in _REGISTRIES else name), value)
-        self._objects = list(self._live())
-        self._kinds = self._kinds_now()
-
-    def _note(self, path: str, value: object, *, inside: bool = False) -> None:
-        """Note what ``value`` is; ``inside`` an object, other objects are told apart but not entered."""
-        if isinstance(value, _CONSTANTS):
-            self._facts[path] = (type(value), value)
-        elif isinstance(value, Tensor):
-            self._tensors.append(value)
-            self._facts[path] = (id(value), *_kind(value))
-        elif isinstance(value, dict):
-            self._enter(path, value, value.values(), value, inside)
-        elif isinstance(value, list | tuple):
-            self._enter(path, value, value, dict(enumerate(value)), inside)
-        elif isinstance(value, set | frozenset):
-            self._holders.append(value)
-            self._facts[path] = frozenset(value)
-        else:
-            self._facts[path] = (id(value), type(value))
-            if hasattr(value, "__dict__") and not isinstance(value, nn.Module | ModuleType | type) and not inside:
-                self._enter(path, value, vars(value).values(), vars(value), True)
-
-    def _enter(
-        self, path: str, owner: object, live: Iterable[object], items: Mapping[Any, object], inside: bool
-    ) -> None:
-        if id(owner) not in self._entered:
-            self._entered.add(id(owner))
-            self._holders.append(live)
-            for name, value in items.items():
-                if not str(name).startswith("__"):
-                    self._note(_joined(path, str(name)), value, inside=inside)
-
-    def _live(self) -> Iterable[object]:
-        return chain(map(type, self._modules), chain.from_iterable(self._holders), (_END,))
-
-    def _kinds_now(self) -> list[tuple[object, ...]]:
-        with torch._C.DisableTorchFunctionSubclass():  # which makes these attributes of quantized weights slow
-            return [_kind(tensor) for tensor in self._tensors]
+    def again(self) -> Watch:
+        """Return another watch of the same state, which compares what was written though nothing changed."""
+        written = {id(items) for items, number in zip(self._calm, self._numbers, strict=True)
+                   if dict_version(items) != number}  # fmt: skip
+        return Watch(self._state, frozenset({id(items) for items, _ in self._restless} | written))
 
 
-def _kind(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.dtype, tensor.device, tensor.shape, tensor.requires_grad
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name
-
-
-def hook_in(model: nn.Module) -> str | None:
-    """The first hook of accelerate or diffusers in ``model`` that a graph cannot hold, in words, or None.
-
-    Such hooks bring weights in and out, or decide at every call what to compute.
-    """
-    for path, module in model.named_modules():
-        at = f" at {path}" if path else ""
-        outer = vars(module).get("_hf_hook")
-        for hook in getattr(outer, "hooks", (outer,)):
-            if hook is not None and getattr(hook, "offload", True):
-                return f"accelerate's {type(hook).__name__}{at}"
-        if hooks := getattr(vars(module).get("_diffusers_hook"), "hooks", None):
-            return f"diffusers' {next(iter(hooks))!r}{at}"
-    return None
+def _identical(now: Iterable[object], then: Iterable[object]) -> bool:
+    first, second = list(now), list(then)
+    return len(first) == len(second) and all(map(is_, first, second))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from bigain_fx.families import attention_backend
 from bigain_fx.model_state import ModelState, constant_key
+from bigain_fx.passes.axes import aten
 from bigain_fx.passes.errors import CaptureError, InputError, first_line
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
@@ -31,10 +33,12 @@ class Captured:
     Attributes:
         module: takes the flat tensor inputs in order, returns the flat outputs; its parameters are the model's own.
         out_spec: the pytree of the model's output, its output class included.
+        numbers: paths of the float attributes that are inputs too, behind the others.
     """
 
     module: GraphModule
     out_spec: pytree.TreeSpec
+    numbers: tuple[str, ...] = ()
 
 
 class CallBinder:
@@ -211,12 +215,13 @@ def _is_sample(name: str, arguments: Mapping[str, Any]) -> bool:
     return name == f"['{first}']" and arguments[first].is_floating_point()
 
 
-def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
+def capture(model: nn.Module, arguments: Mapping[str, Any], numbers: Mapping[str, Tensor] | None = None) -> Captured:
     """Capture ``model(**arguments)`` with ``torch.export``: pre-dispatch ATen, static shapes, weights shared.
 
     Args:
         model: a denoiser in eval mode.
         arguments: canonical keyword arguments, as :meth:`CallBinder.bind` returns them.
+        numbers: by path, float attributes of the model that become inputs, as 0-d tensors that hold their values.
 
     Whatever happens, ``model`` is afterwards as it was before, or as a first call leaves it: some fill in a table then.
     One thread captures at a time; meanwhile no other may run ``model`` itself.
@@ -227,10 +232,10 @@ def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
     """
     with one_at_a_time():
         before = ModelState(model)
-        program, module, changed = _exported(model, arguments, before)
+        program, module, changed = _exported(model, arguments, before, numbers or {})
         _check_writes(module.graph, model)
         if changed:
-            program, module = _exported_after_a_call(model, arguments, before)
+            program, module = _exported_after_a_call(model, arguments, before, numbers or {})
     out_spec = program.call_spec.out_spec
     _check_static(module.graph, type(model).__name__)
     leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
@@ -241,36 +246,60 @@ def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
             node.replace_all_uses_with(leaf)
             module.graph.erase_node(node)
     module.graph.set_codegen(CodeGen())
+    read = _as_inputs(module, numbers or {})
     # A fresh module leaves behind the input checks that export hangs on its own.
-    return Captured(GraphModule(module, module.graph), out_spec)
+    return Captured(GraphModule(module, module.graph), out_spec, read)
+
+
+def _as_inputs(module: GraphModule, numbers: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Make inputs of the constants that are ``numbers``; return the paths of those that there are."""
+    graph = module.graph
+    path_of = {tensor.data_ptr(): path for path, tensor in numbers.items()}
+    made: dict[str, Node] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        value = operator.attrgetter(str(node.target))(module)
+        path = path_of.get(value.data_ptr()) if isinstance(value, Tensor) and not value.is_meta else None
+        if path is None:
+            continue
+        if path not in made:
+            last = [each for each in graph.nodes if each.op == "placeholder"][-1]
+            with graph.inserting_after(last):
+                made[path] = graph.placeholder(f"number_{len(made)}")
+            made[path].meta = {"val": node.meta["val"], "argument": ""}
+        node.replace_all_uses_with(made[path])
+        graph.erase_node(node)
+    return tuple(made)
 
 
 def _exported(
-    model: nn.Module, arguments: Mapping[str, Any], state: ModelState
+    model: nn.Module, arguments: Mapping[str, Any], state: ModelState, numbers: Mapping[str, Tensor]
 ) -> tuple[ExportedProgram, GraphModule, list[str]]:
     """Export ``model``, which is in ``state`` and stays so; return what the export changed in it, too."""
     try:
+        for path, tensor in numbers.items():
+            container, name = state.place(path) or ({}, path)
+            container[name] = tensor
         with torch.no_grad(), plain_weights(model) as quantized:
             program = torch.export.export(model, (), dict(arguments), strict=False)
             module = program.module(check_guards=False)
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {first_line(error)}") from error
     finally:
-        changed = state.restore()
+        changed = [path for path in state.restore() if path not in numbers]
     assert isinstance(module, GraphModule)
     put_back(module, quantized)
     return program, module, changed
 
 
 def _exported_after_a_call(
-    model: nn.Module, arguments: Mapping[str, Any], before: ModelState
+    model: nn.Module, arguments: Mapping[str, Any], before: ModelState, numbers: Mapping[str, Tensor]
 ) -> tuple[ExportedProgram, GraphModule]:
     """Export ``model`` once a real call has filled in what it keeps for later ones, such as rotary tables."""
     name = type(model).__name__
     try:
         with torch.no_grad():
             model(**arguments)
-        program, module, changed = _exported(model, arguments, ModelState(model))
+        program, module, changed = _exported(model, arguments, ModelState(model), numbers)
         if changed:
             raise CaptureError(
                 f"{name} cannot be captured: {changed[0]} changes at every call, and a graph would change it once"
@@ -291,6 +320,8 @@ def _check_static(graph: Graph, model: str) -> None:
             raise CaptureError(
                 f"{model} cannot be captured: the shape of {node.name} depends on the values of its inputs"
             )
+        if node.target is aten._local_scalar_dense.default or node.target is aten.item.default:
+            raise CaptureError(f"{model} cannot be captured: it reads the value of {node.args[0]}")
         if node.op == "call_function" and not isinstance(node.target, OpOverload | HigherOrderOperator):
             home = getattr(node.target, "__module__", None) or ""
             if home not in ("_operator", "math", "torch"):

@@ -26,8 +26,9 @@ from bigain_fx.capture import (
     signature_of,
 )
 from bigain_fx.hooks import hook_in, traced_hooks
-from bigain_fx.model_state import ModelState, some
-from bigain_fx.passes.errors import GridError, InputError
+from bigain_fx.model_state import some
+from bigain_fx.numbers import Numbers
+from bigain_fx.passes.errors import CaptureError, GridError, InputError
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
 from bigain_fx.quantized import call_as_functions
@@ -35,8 +36,8 @@ from bigain_fx.regions import as_regions
 from bigain_fx.report import Report
 from bigain_fx.settings import Settings
 from bigain_fx.standin import StandIn
+from bigain_fx.states import States
 from bigain_fx.torch_internals import one_at_a_time
-from bigain_fx.watch import Watch
 
 log = logging.getLogger("bigain_fx")
 
@@ -52,12 +53,14 @@ class Prepared:
         run: the graph itself with the backend ``"eager"``, else what compiles it.
         out_spec: the pytree of the model's output.
         report: what was done to its attentions.
+        numbers: paths of the model's float attributes that are inputs too, behind the tensors.
     """
 
     graph: GraphModule
     run: Callable[..., Any]
     out_spec: pytree.TreeSpec
     report: Report
+    numbers: tuple[str, ...] = ()
 
 
 class _Slot:
@@ -85,12 +88,11 @@ class OptimizedDenoiser(StandIn):
         super().__init__()
         self.methods = families.resolve(methods, model)
         self._settings, self._binder, self._read_grid = settings, CallBinder(model), families.GridReader()
+        self._numbers = Numbers(model)
+        self._states = States(model, self._numbers.tensor)
         self._graphs: dict[Key, _Slot] = {}  # by the number of a state, and a signature
         self._known: dict[Key, str] = {}  # every signature that was captured
-        self._states: dict[frozenset[Any], tuple[int, ModelState]] = {}
-        self._state: tuple[int, ModelState] | None = None  # the model's, when last looked at
-        self._watch: Watch | None = None
-        self._numbers, self._clock = count(), count(1)
+        self._clock = count(1)
         self._latest: Prepared | None = None
         self._stand_in_for(model)
 
@@ -123,10 +125,10 @@ class OptimizedDenoiser(StandIn):
             BigainError: as for :func:`optimize`.
         """
         if example_inputs is None:
-            return self._prepared(self._binder.bind(args, kwargs)[0])
+            return self._prepared(self._binder.bind(args, kwargs)[0])[0]
         if args or kwargs:
             raise InputError("example_inputs is given beside other arguments; give one of them")
-        return tuple(self._prepared(self._binder.bind(*call)[0]) for call in as_calls(example_inputs))
+        return tuple(self._prepared(self._binder.bind(*call)[0])[0] for call in as_calls(example_inputs))
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,14 +142,12 @@ class OptimizedDenoiser(StandIn):
         """
         arguments, wants_class = self._binder.bind(args, kwargs)
         expected = self._settings.on_new_signature == "raise"
-        prepared = self._prepared(arguments, expected=expected)
+        prepared, inputs = self._prepared(arguments, expected=expected)
         with torch.inference_mode(False), torch.no_grad():
-            # Tensors made in inference mode would recompile the graph; a copy made outside of it does not.
-            inputs = [tensor.clone() if tensor.is_inference() else tensor for tensor in flat_tensors(arguments)]
             try:
                 outputs = self._run(prepared, inputs)
             except Exception:
-                again = self._prepared(arguments, expected=expected, look=True)
+                again, inputs = self._prepared(arguments, expected=expected, look=True)
                 if again is prepared:
                     raise
                 prepared, outputs = again, self._run(again, inputs)
@@ -157,55 +157,81 @@ class OptimizedDenoiser(StandIn):
         return tuple(output.values())
 
     def _run(self, prepared: Prepared, inputs: list[Tensor]) -> Any:
+        # Tensors made in inference mode would recompile the graph; a copy made outside of it does not.
+        inputs = [tensor.clone() if tensor.is_inference() else tensor for tensor in inputs]
         if not self._settings.has_cuda_graphs:
             return prepared.run(*inputs)
         # A CUDA graph writes its outputs to the same memory at every call, and a step of guidance makes two.
         torch.compiler.cudagraph_mark_step_begin()
         return pytree.tree_map_only(Tensor, torch.clone, prepared.run(*inputs))
 
-    def _prepared(self, arguments: Mapping[str, Any], *, expected: bool = False, look: bool = False) -> Prepared:
-        """Return the graph for these arguments, captured if it is not there.
+    def _prepared(
+        self, arguments: Mapping[str, Any], *, expected: bool = False, look: bool = False
+    ) -> tuple[Prepared, list[Tensor]]:
+        """Return the graph for these arguments, captured if it is not there, and its inputs.
 
         Args:
             arguments: canonical keyword arguments.
             expected: capture only what was captured once.
             look: at everything, the dtypes, devices and shapes of weights too, which Dynamo guards else.
         """
+        arguments = self._numbers.as_inputs(arguments)
         grid = families.grid_for(self._settings.grid, arguments, self._read_grid(arguments))
-        key = (signature_of(arguments), grid.grid)
-        state, watch = self._state, self._watch
-        unmoved = state is not None and watch is not None and not watch.moved()
-        slot = self._graphs.get((state[0], key)) if unmoved and state is not None else None
-        if slot is None or look or (self._settings.backend == "eager" and state and not state[1].same_kinds()):
+        signature = (signature_of(arguments), grid.grid)
+        state = None if look else self._states.unmoved(with_kinds=self._settings.backend == "eager")
+        slot = self._graphs.get((state, signature))
+        if slot is None:
             with one_at_a_time():
-                slot = self._found_or_made(arguments, key, grid, expected)
+                slot, arguments = self._found_or_made(arguments, signature, grid, expected)
         elif torch.is_grad_enabled():
             check_gradients(arguments)
         slot.used = next(self._clock)
-        self._latest = slot.prepared
-        return slot.prepared
+        self._latest = prepared = slot.prepared
+        return prepared, [*flat_tensors(arguments), *map(self._states.tensors.__getitem__, prepared.numbers)]
 
-    def _found_or_made(self, arguments: Mapping[str, Any], key: Key, grid: families.Reading, expected: bool) -> _Slot:
-        number = self._look()
-        if slot := self._graphs.get((number, key)):
+    def _found_or_made(
+        self, arguments: Mapping[str, Any], signature: Key, grid: families.Reading, expected: bool
+    ) -> tuple[_Slot, Mapping[str, Any]]:
+        """Return the graph for these arguments, and these, with another float as a tensor perhaps."""
+        state = self._look()
+        if slot := self._graphs.get((state, signature)):
             if torch.is_grad_enabled():
                 check_gradients(arguments)
-            return slot
+            return slot, arguments
         inputs = described(arguments, grid.grid)
-        if key not in self._known and expected:
+        if signature not in self._known and expected:
             prepared = "; ".join(self._known.values()) or "nothing"
             raise InputError(f"{inputs}: not prepared, and on_new_signature='raise'; prepared: {prepared}")
-        if key not in self._known and self._known:
+        if signature not in self._known and self._known:
             log.warning("%s: new input signature, capturing graph %d: %s", self._name, len(self._known) + 1, inputs)
         if grid.reason:
             log.warning("%s: %s", self._name, grid.reason)
-        captured = self._capture(arguments, grid.grid)
-        number = self._look(captured=True)  # where a first call filled something in, the model is in another state
-        slot = self._graphs[number, key] = _Slot(captured, number, key)
+        captured, arguments = self._capture_numbers(arguments, grid.grid)
+        signature = (signature_of(arguments), grid.grid)
+        state = self._look(captured=True)  # where a first call filled something in, the model is in another state
+        slot = self._graphs[state, signature] = _Slot(captured, state, signature)
         slot.used = next(self._clock)
-        self._known[key] = self._known.pop(key, inputs)
+        self._known[signature] = self._known.pop(signature, described(arguments, grid.grid))
         self._drop_oldest()
-        return slot
+        return slot, arguments
+
+    def _capture_numbers(self, arguments: Mapping[str, Any], grid: Grid | None) -> tuple[Prepared, Mapping[str, Any]]:
+        """Capture with the floats that change from call to call as inputs, if the graph allows that."""
+        given, held = self._numbers.moving(arguments, signature_of), self._states.moving()
+        if given or held:
+            as_inputs = self._numbers.as_inputs(arguments, given)
+            try:
+                captured = self._capture(as_inputs, grid, held)
+            except CaptureError as error:
+                paths = sorted(given | held)
+                log.warning("%s: each value of %s is a graph of its own: %s", self._name, some(paths), error)
+                self._numbers.kept |= dict.fromkeys(given, str(error))
+                self._states.kept |= dict.fromkeys(held, str(error))
+            else:
+                self._numbers.promote(given)
+                self._states.promote(held)
+                return captured, as_inputs
+        return self._capture(arguments, grid), arguments
 
     def _drop_oldest(self) -> None:
         """Keep ``max_graphs`` graphs, and as many signatures."""
@@ -221,40 +247,27 @@ class OptimizedDenoiser(StandIn):
 
     def _look(self, captured: bool = False) -> int:
         """Return the number of the state that the model is in, and make its graphs the ones that are used."""
-        if self._state is not None and self._watch is not None:
-            number, state = self._state
-            if state.same_objects():
-                if self._watch.moved():
-                    self._watch = Watch(state) if captured else self._watch.again()
-                return number
-        state = ModelState(self.original)
-        key = frozenset(state.facts.items())
-        number, before = self._states.get(key) or (next(self._numbers), state)
+        found = self._states.look()
         for slot in self._graphs.values():
-            if slot.state == number:
-                renew(slot.prepared.graph, before.renewed(state))
-        if self._state is not None and number != self._state[0] and not captured:
-            paths = self._state[1].differences(state)
-            if key in self._states:
-                log.info("%s is again as it was, and its graphs are there: %s", self._name, some(paths))
-            elif self._graphs:
-                log.warning("%s changed, its graphs are captured anew when next called: %s", self._name, some(paths))
-        weights = state.weights
-        self._states = {key: (number, state)} | {
-            other: (at, then) for other, (at, then) in self._states.items() if at != number and then.weights <= weights
-        }
-        numbers = {at for at, _ in self._states.values()}
-        self._graphs = {at: slot for at, slot in self._graphs.items() if slot.state in numbers}
-        # Noted last: whoever interrupts this finds the change once more.
-        self._watch, self._state = Watch(state), (number, state)
-        return number
+            if slot.state == found.number:
+                renew(slot.prepared.graph, found.renewed)
+        if found.changed and not captured and self._graphs:
+            if found.known:
+                log.info("%s is as it was once, and its graphs are there: %s", self._name, some(found.changed))
+            else:
+                log.warning("%s changed, its graphs are captured anew when next called: %s", self._name,
+                            some(found.changed))  # fmt: skip
+        held = self._states.numbers
+        self._graphs = {key: slot for key, slot in self._graphs.items() if slot.state in held}
+        return found.number
 
-    def _capture(self, arguments: Mapping[str, Any], grid: Grid | None) -> Prepared:
+    def _capture(self, arguments: Mapping[str, Any], grid: Grid | None, more: Iterable[str] = ()) -> Prepared:
         if self.original.training:
             raise InputError(f"{self._name} is in train mode; call model.eval() first")
         _check_hooks(self.original)
         check_inputs(self.original, arguments)
-        captured = capture(self.original, arguments)
+        numbers = self._states.values({*self._states.inputs, *more})
+        captured = capture(self.original, arguments, numbers)
         if hooked := traced_hooks(self.original):
             log.warning(
                 "%s: forward hooks are part of its graph, and are not called again: %s", self._name, some(hooked)
@@ -272,11 +285,11 @@ class OptimizedDenoiser(StandIn):
         if self._settings.backend != "eager":
             as_regions(rewritten.module)
         run = self._settings.compile(rewritten.module, self._check_kinds)
-        return Prepared(rewritten.module, run, captured.out_spec, report)
+        return Prepared(rewritten.module, run, captured.out_spec, report, captured.numbers)
 
     def _check_kinds(self) -> None:
         """Refuse to compile a graph again for weights that are not what it was captured with."""
-        if self._state is not None and not self._state[1].same_kinds():
+        if not self._states.same_kinds():
             raise InputError(f"weights of {self._name} have other dtypes, devices or shapes than when it was captured")
 
     @property

@@ -119,6 +119,21 @@ class ModelState:
         buffers = set(map(id, self.buffers.values()))
         return {id(tensor) for tensor in self.tensors} - buffers
 
+    def number(self, path: str) -> float:
+        """Return the float at ``path``."""
+        kind, text = self.facts[path]  # type: ignore[misc]
+        assert kind is float
+        return float(text)
+
+    def place(self, path: str) -> tuple[Any, Any] | None:
+        """Return the dict or list that has ``path`` as an item, and the item's name in it; None if none has."""
+        for holder in self.holders:
+            if path.startswith(holder.path) and not isinstance(holder.container, set):
+                for name in _items(holder.held):
+                    if joined(holder.path, str(name)) == path:
+                        return holder.container, name
+        return None
+
     def kinds_now(self) -> list[tuple[object, ...]]:
         """Return dtype, device, shape and gradient of every tensor as it is now."""
         with torch._C.DisableTorchFunctionSubclass():  # which makes these attributes of quantized weights slow

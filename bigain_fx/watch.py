@@ -12,6 +12,8 @@ from torch._C._dynamo.guards import dict_version
 from bigain_fx.model_state import ModelState
 from bigain_fx.torch_internals import Versions
 
+_FEW = 16
+
 
 class Watch:
     """Notice that something was written into a container of ``state``, or a class exchanged.
@@ -25,7 +27,7 @@ class Watch:
     """
 
     def __init__(self, state: ModelState, restless: frozenset[int] = frozenset()) -> None:
-        self._state = state
+        self._state, self._compared = state, restless
         containers = [holder.container for holder in state.holders]
         dicts = [container for container in containers if isinstance(container, dict)]
         attributes = set(map(id, map(vars, state.modules)))
@@ -53,10 +55,13 @@ class Watch:
         )
 
     def again(self) -> Watch:
-        """Return another watch of the same state, which compares what was written though nothing changed."""
+        """Return another watch of the same state, which compares what was written though nothing changed.
+
+        Where much was, a capture did it, and that is over.
+        """
         written = {id(items) for items, number in zip(self._calm, self._numbers, strict=True)
                    if dict_version(items) != number}  # fmt: skip
-        return Watch(self._state, frozenset({id(items) for items, _ in self._restless} | written))
+        return Watch(self._state, frozenset(written if len(written) <= _FEW else ()) | self._compared)
 
 
 def _identical(now: Iterable[object], then: Iterable[object]) -> bool:

@@ -66,8 +66,8 @@ class Prepared:
 class _Slot:
     """One graph, and when it was used last."""
 
-    def __init__(self, prepared: Prepared, state: int, inputs: Key) -> None:
-        self.prepared, self.state, self.inputs, self.used = prepared, state, inputs, 0
+    def __init__(self, prepared: Prepared, used: int) -> None:
+        self.prepared, self.used = prepared, used
 
 
 class OptimizedDenoiser(StandIn):
@@ -92,6 +92,7 @@ class OptimizedDenoiser(StandIn):
         self._states = States(model, self._numbers.tensor)
         self._graphs: dict[Key, _Slot] = {}  # by the number of a state, and a signature
         self._known: dict[Key, str] = {}  # every signature that was captured
+        self._state: int | None = None
         self._clock = count(1)
         self._latest: Prepared | None = None
         self._stand_in_for(model)
@@ -209,8 +210,7 @@ class OptimizedDenoiser(StandIn):
         captured, arguments = self._capture_numbers(arguments, grid.grid)
         signature = (signature_of(arguments), grid.grid)
         state = self._look(captured=True)  # where a first call filled something in, the model is in another state
-        slot = self._graphs[state, signature] = _Slot(captured, state, signature)
-        slot.used = next(self._clock)
+        slot = self._graphs[state, signature] = _Slot(captured, next(self._clock))
         self._known[signature] = self._known.pop(signature, described(arguments, grid.grid))
         self._drop_oldest()
         return slot, arguments
@@ -236,10 +236,10 @@ class OptimizedDenoiser(StandIn):
     def _drop_oldest(self) -> None:
         """Keep ``max_graphs`` graphs, and as many signatures."""
         while len(self._graphs) > self._settings.max_graphs:
-            oldest = min(self._graphs.values(), key=lambda slot: slot.used)
-            del self._graphs[oldest.state, oldest.inputs]
+            oldest = min(self._graphs, key=lambda key: self._graphs[key].used)
+            del self._graphs[oldest]
             log.warning("%s: dropping a graph, max_graphs=%d: %s", self._name, self._settings.max_graphs,
-                        self._known[oldest.inputs])  # fmt: skip
+                        self._known[oldest[1]])  # fmt: skip
         held = {inputs for _, inputs in self._graphs}
         for inputs in [inputs for inputs in self._known if inputs not in held]:
             if len(self._known) > self._settings.max_graphs:
@@ -248,8 +248,15 @@ class OptimizedDenoiser(StandIn):
     def _look(self, captured: bool = False) -> int:
         """Return the number of the state that the model is in, and make its graphs the ones that are used."""
         found = self._states.look()
-        for slot in self._graphs.values():
-            if slot.state == found.number:
+        if captured and found.changed:
+            # What a first call fills in is there for later ones: it changes none of the graphs that were made without.
+            last = self._state
+            self._graphs = {
+                (found.number if state == last else state, key): slot for (state, key), slot in self._graphs.items()
+            }
+        self._state = found.number
+        for (state, _), slot in self._graphs.items():
+            if state == found.number:
                 renew(slot.prepared.graph, found.renewed)
         if found.changed and not captured and self._graphs:
             if found.known:
@@ -258,7 +265,7 @@ class OptimizedDenoiser(StandIn):
                 log.warning("%s changed, its graphs are captured anew when next called: %s", self._name,
                             some(found.changed))  # fmt: skip
         held = self._states.numbers
-        self._graphs = {key: slot for key, slot in self._graphs.items() if slot.state in held}
+        self._graphs = {key: slot for key, slot in self._graphs.items() if key[0] in held}
         return found.number
 
     def _capture(self, arguments: Mapping[str, Any], grid: Grid | None, more: Iterable[str] = ()) -> Prepared:

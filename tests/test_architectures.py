@@ -23,6 +23,7 @@ from tests.zoo_checks import (
     MERGE,
     TOLERANCE,
     Applied,
+    check_original,
     check_report,
     load,
     one_thread,
@@ -54,6 +55,7 @@ def test_dense(case: Case) -> None:
     fast, loaded = optimize(case, ()), load(case)
     assert relative(tensors(fast(**loaded.inputs)), loaded.output) <= DENSE_TOLERANCE
     assert not fast.report.rewritten
+    check_original(case)
 
 
 @each(MATCHED)

@@ -178,7 +178,7 @@ def test_an_optimized_denoiser_is_asked_in_one_graph(method: Any) -> None:
     bundle, images = tiny(), torch.rand(2, 1, 8, 8)
     fast = bgx.optimize(bundle.model, method=method, backend="eager")
     found = of(bundle, fast)(images)
-    assert len(fast._entries) == 1
+    assert len(fast._graphs) == 1
     same = torch.allclose(found.errors, of(bundle)(images).errors, rtol=1e-5)
     assert same == (method is None)
 

@@ -261,7 +261,7 @@ def test_grids_of_one_size_never_share_a_graph(caplog: pytest.LogCaptureFixture)
         outputs.append(fast(TOKENS, image))
         assert fast.report.sites[0].grid == ((4, 6) if torch.equal(image, wide) else (6, 4))
         assert fast.report.sites[0].action == "merge"
-    assert len(fast._entries) == 2
+    assert len(fast._graphs) == 2
     assert torch.equal(outputs[0], outputs[2])
     assert torch.equal(outputs[1], outputs[3])
     assert not torch.equal(outputs[0], outputs[1])

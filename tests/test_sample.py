@@ -130,7 +130,7 @@ def test_one_graph_serves_sampling_and_classification(make: Callable[[], ClassCo
     assert images.shape == (3, 1, 8, 8)
     assert found.errors.shape == (1, 3)
     assert images.abs().max() <= 1
-    assert len(fast._entries) == 1
+    assert len(fast._graphs) == 1
     assert fast.report.rewritten
 
 

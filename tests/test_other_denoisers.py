@@ -22,6 +22,7 @@ from tests.zoo_checks import (
     BOTH,
     DENSE_TOLERANCE,
     TOLERANCE,
+    check_original,
     check_report,
     load,
     one_thread,
@@ -97,6 +98,7 @@ def test_rewritten_as_by_hand_or_kept(case: Case) -> None:
     loaded = load(case)
     dense = optimize(case, ())
     assert relative(tensors(dense(**loaded.inputs)), loaded.output) <= DENSE_TOLERANCE
+    check_original(case)
 
     fast = optimize(case, BOTH.method)
     assert fast.report.sites
@@ -115,3 +117,4 @@ def test_what_cannot_be_captured_says_why(case: Case) -> None:
     assert load(case).output
     with pytest.raises(CaptureError, match=CAUSES[case.name]):
         optimize(case, BOTH.method)
+    check_original(case)

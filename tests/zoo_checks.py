@@ -75,7 +75,8 @@ def optimize(case: Case, method: Any, backend: str = "eager") -> Any:
         return bgx.optimize(loaded.model, (), loaded.example, method=method, backend=backend, grid=case.grid)
 
 
-def _capture_once(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
+def _capture_once(model: nn.Module, arguments: Mapping[str, Any], numbers: Mapping[str, Tensor]) -> Captured:
+    assert not numbers
     if model not in CAPTURES:
         CAPTURES[model] = capture(model, arguments)
     return CAPTURES[model]

@@ -17,7 +17,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from bigain_fx.families import attention_backend
-from bigain_fx.model_state import ModelState, constant_key
+from bigain_fx.model_state import ModelState, clear_caches, constant_key
 from bigain_fx.passes.axes import aten
 from bigain_fx.passes.errors import CaptureError, InputError, first_line
 from bigain_fx.passes.grid import Grid
@@ -251,6 +251,14 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], numbers: Mapping[str
     return Captured(GraphModule(module, module.graph), out_spec, read)
 
 
+def value_read(graph: Graph) -> str | None:
+    """Return the first tensor whose value ``graph`` takes out, as a number, by name."""
+    for target in (aten._local_scalar_dense.default, aten.item.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            return str(node.args[0])
+    return None
+
+
 def _as_inputs(module: GraphModule, numbers: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Make inputs of the constants that are ``numbers``; return the paths of those that there are."""
     graph = module.graph
@@ -286,6 +294,7 @@ def _exported(
         raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {first_line(error)}") from error
     finally:
         changed = [path for path in state.restore() if path not in numbers]
+        clear_caches(model)
     assert isinstance(module, GraphModule)
     put_back(module, quantized)
     return program, module, changed
@@ -320,8 +329,6 @@ def _check_static(graph: Graph, model: str) -> None:
             raise CaptureError(
                 f"{model} cannot be captured: the shape of {node.name} depends on the values of its inputs"
             )
-        if node.target is aten._local_scalar_dense.default or node.target is aten.item.default:
-            raise CaptureError(f"{model} cannot be captured: it reads the value of {node.args[0]}")
         if node.op == "call_function" and not isinstance(node.target, OpOverload | HigherOrderOperator):
             home = getattr(node.target, "__module__", None) or ""
             if home not in ("_operator", "math", "torch"):

@@ -24,6 +24,7 @@ from bigain_fx.capture import (
     flat_tensors,
     renew,
     signature_of,
+    value_read,
 )
 from bigain_fx.hooks import hook_in, traced_hooks
 from bigain_fx.model_state import some
@@ -222,6 +223,8 @@ class OptimizedDenoiser(StandIn):
             as_inputs = self._numbers.as_inputs(arguments, given)
             try:
                 captured = self._capture(as_inputs, grid, held)
+                if read := value_read(captured.graph.graph):
+                    raise CaptureError(f"forward makes a number of the tensor {read}")
             except CaptureError as error:
                 paths = sorted(given | held)
                 log.warning("%s: each value of %s is a graph of its own: %s", self._name, some(paths), error)

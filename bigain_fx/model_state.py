@@ -8,6 +8,8 @@ attribute, down to the attributes of attention processors.
 from __future__ import annotations
 
 import enum
+import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,6 +212,19 @@ class ModelState:
 
     def _hold(self, path: str, container: Container, skipped: frozenset[str] = frozenset()) -> None:
         self.holders.append(Holder(path, container, _copied(container), skipped))
+
+
+def clear_caches(model: nn.Module) -> None:
+    """Clear the caches (``functools.lru_cache``) of the code that ``model`` is made of: of its classes and their files.
+
+    Called within a capture they keep fake tensors.
+    """
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    files = {kind.__module__ for kind in kinds if not kind.__module__.startswith(("torch.", "builtins"))}
+    places = [*kinds, *(sys.modules[name] for name in files if name in sys.modules)]
+    for value in [value for place in places for value in list(vars(place).values())]:
+        if isinstance(value, functools._lru_cache_wrapper):
+            value.cache_clear()
 
 
 def constant_key(value: object) -> Hashable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -210,6 +211,30 @@ def test_a_table_that_the_first_call_fills_in_is_real() -> None:
         torch.testing.assert_close(m(image), fresh(image))
     assert len(fast._graphs) == 3
     assert not any(isinstance(each, FakeTensor) for each in (*m.table.rows, *m.sizes.values()))
+
+
+@functools.lru_cache
+def shifts(rows: int) -> Tensor:
+    return torch.arange(rows) / 10
+
+
+class Cached(toys.Separate):
+    """Has what it needs from caches: one of its file, one of its class."""
+
+    @functools.lru_cache  # noqa: B019
+    def columns(self, count: int) -> Tensor:
+        return torch.arange(count) / 5
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image + shifts(image.shape[2])[:, None] + self.columns(image.shape[3]))
+
+
+def test_caches_hold_nothing_of_a_capture() -> None:
+    shifts.cache_clear()
+    m = made(Cached)
+    fast = bgx.optimize(m, (IMAGE,), method=(), backend="eager")
+    torch.testing.assert_close(m(IMAGE), fast(IMAGE))
+    assert type(shifts(IMAGE.shape[2])) is type(m.columns(IMAGE.shape[3])) is Tensor
 
 
 class Store(Processor):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bigain_fx.passes.ops.kv import kv_downsample, linear_alpha, nearest_tokens
+from bigain_fx.passes.ops.kv import downsampled_grid, kv_downsample, linear_alpha, nearest_tokens
 from bigain_fx.passes.ops.merge import blend, group_sizes, merge, mlerp, unmerge
 from bigain_fx.passes.ops.plan import merge_plan, nearest_groups, pool_plan
 from bigain_fx.passes.ops.score import complete_cells, laplacian_score, random_positions, row_positions, window_sides

@@ -30,7 +30,7 @@ from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
 from bigain_fx.quantized import call_as_functions
 from bigain_fx.regions import as_regions, own_cache
-from bigain_fx.report import Report
+from bigain_fx.report import Report, announce
 from bigain_fx.settings import Settings
 from bigain_fx.standin import StandIn
 from bigain_fx.watch import Change, Watch, hook_in
@@ -157,6 +157,7 @@ class OptimizedDenoiser(StandIn):
             if grid.reason:
                 log.warning("%s: %s", self._name, grid.reason)
             self._entries[key] = self._capture(arguments, grid.grid)
+            announce(self._entries[key].report)
             self._known.setdefault(key, inputs)
         elif torch.is_grad_enabled():
             check_gradients(arguments)
@@ -185,11 +186,16 @@ class OptimizedDenoiser(StandIn):
             rewritten = self._settings.rewrite(captured.module, self.methods, None)
         call_as_functions(rewritten.module)
         report = Report.of(self._name, self.methods, rewritten)
-        log.info("%s", report.headline)
         if self._settings.backend != "eager":
             as_regions(rewritten.module)
         run = self._settings.compile(rewritten.module)
         return Prepared(rewritten.module, run, captured.out_spec, report)
+
+    def _inspect(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Report:
+        """What would be done for these inputs; nothing is kept, and nothing is logged of it."""
+        arguments, _ = self._binder.bind(args, kwargs)
+        grid = families.grid_for(self._settings.grid, arguments, self._read_grid(arguments))
+        return self._capture(arguments, grid.grid).report
 
     @property
     def _name(self) -> str:
@@ -280,4 +286,4 @@ def inspect(
 
     Works on the meta device as well. Arguments and errors are those of :func:`optimize`.
     """
-    return optimize(model, args, kwargs, method=method, backend="eager", grid=grid).report
+    return optimize(model, method=method, backend="eager", grid=grid)._inspect(args or (), kwargs or {})

@@ -45,7 +45,7 @@ DECIDING = PLANS | {torch.ops.bigain.nearest_groups.default}
 
 __all__ = [
     "DECIDING", "PLANS",
-    "blend", "complete_cells", "group_sizes", "kv_downsample", "laplacian_score", "linear_alpha", "merge", "merge_plan",
-    "mlerp", "nearest_groups", "nearest_tokens", "pool_plan", "random_positions", "row_positions", "unmerge",
-    "window_sides",
+    "blend", "complete_cells", "downsampled_grid", "group_sizes", "kv_downsample", "laplacian_score", "linear_alpha",
+    "merge", "merge_plan", "mlerp", "nearest_groups", "nearest_tokens", "pool_plan", "random_positions",
+    "row_positions", "unmerge", "window_sides",
 ]  # fmt: skip

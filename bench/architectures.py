@@ -24,7 +24,7 @@ from bigain_fx.passes.errors import CaptureError
 from bigain_fx.passes.flops import plan_flops
 from bigain_fx.passes.methods import KVDownsample, LaplacianMerge, Methods
 from bigain_fx.passes.pipeline import SiteRecord, rewrite
-from bigain_fx.report import Report
+from bigain_fx.report import Report, general
 
 if TYPE_CHECKING:
     from bigain_fx.bench.published import Family
@@ -82,7 +82,7 @@ def _kept(records_of: dict[str, tuple[SiteRecord, ...]]) -> list[dict[str, Any]]
     for method, records in records_of.items():
         for record in records:
             if record.action == "kept":
-                groups[_general(record.reason)][method].append(record.name)
+                groups[general(record.reason)][method].append(record.name)
     return [
         {
             "reason": reason, "methods": [*names_of], "attentions": max(map(len, names_of.values())),
@@ -92,17 +92,12 @@ def _kept(records_of: dict[str, tuple[SiteRecord, ...]]) -> list[dict[str, Any]]
     ]  # fmt: skip
 
 
-def _general(reason: str) -> str:
-    """``reason`` without the numbers of nodes, which differ from attention to attention."""
-    return re.sub(r"\b([a-z]\w*?)_\d+\b", r"\1", re.sub(r" \(at \w+\)$", "", reason))
-
-
 def _excerpt(report: Report) -> list[str]:
     """The headline of ``report``, and its first line of each kind."""
     lines = str(report).splitlines()
     seen: set[tuple[object, ...]] = set()
     for site, line in zip(report.sites, list(lines[1:]), strict=True):
-        kind = (site.action, site.grid, _general(site.reason))
+        kind = (site.action, site.grid, general(site.reason))
         if kind in seen:
             lines.remove(line)
         seen.add(kind)

@@ -140,12 +140,12 @@ def _tile(surgeon: Surgeon, node: Node, y: Node, index: Node, weight: Node | Non
 
 
 def _stride(surgeon: Surgeon, node: Node, x: Node, alpha: float | Node, grid: tuple[int, int], s: int) -> Node:
-    """One token of each block, the nearest."""
-    (h, w), (batch, tokens, channels) = grid, shape_of(x)
-    blocks = surgeon.emit(aten.reshape.default, (x, [batch, h // s, s, w // s, s, channels]), like=node)
-    columns = surgeon.emit(aten.select.int, (blocks, 4, s // 2), like=node)
-    nearest = surgeon.emit(aten.select.int, (columns, 2, s // 2), like=node)
-    return surgeon.emit(aten.reshape.default, (nearest, [batch, tokens // s**2, channels]), like=node)
+    """One token of each block: the nearest, or at the offset of the last where a block cut off at the edge ends."""
+    batch, _, channels = shape_of(x)
+    taken = surgeon.emit(aten.reshape.default, (x, [batch, *grid, channels]), like=node)
+    for dim, side in enumerate(grid, 1):
+        taken = surgeon.emit(aten.slice.Tensor, (taken, dim, min(s // 2, (side - 1) % s), side, s), like=node)
+    return surgeon.emit(aten.reshape.default, (taken, list(shape_of(node))), like=node)
 
 
 def _ones(surgeon: Surgeon, node: Node, assign: Node, groups: int) -> Node:

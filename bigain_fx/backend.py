@@ -33,7 +33,7 @@ from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Methods, normalize
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.regions import own_cache
-from bigain_fx.report import Report
+from bigain_fx.report import Report, announce
 
 log = logging.getLogger("bigain_fx")
 
@@ -192,7 +192,7 @@ def bigain(
     except RewriteError as error:
         raise RewriteError(f"{error} (a number is no input of a compiled graph: pass it as a tensor)") from None
     report = Report.of(frame.name, methods, rewritten)
-    log.log(logging.INFO if report.rewritten or not methods else logging.WARNING, "%s", report.headline)
+    announce(report)
     log.debug("%s", report)
     return chosen.compile(_with_weights_as_inputs(rewritten.module, gm, inputs, names), example_inputs)
 

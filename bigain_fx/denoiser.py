@@ -34,7 +34,7 @@ from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
 from bigain_fx.quantized import call_as_functions
 from bigain_fx.regions import as_regions
-from bigain_fx.report import Report
+from bigain_fx.report import Report, announce
 from bigain_fx.settings import Settings
 from bigain_fx.standin import StandIn
 from bigain_fx.states import States
@@ -209,6 +209,7 @@ class OptimizedDenoiser(StandIn):
         if grid.reason:
             log.warning("%s: %s", self._name, grid.reason)
         captured, arguments = self._capture_numbers(arguments, grid.grid)
+        announce(captured.report)
         signature = (signature_of(arguments), grid.grid)
         state = self._look(captured=True)  # where a first call filled something in, the model is in another state
         slot = self._graphs[state, signature] = _Slot(captured, next(self._clock))
@@ -291,7 +292,6 @@ class OptimizedDenoiser(StandIn):
             rewritten = self._settings.rewrite(captured.module, self.methods, None)
         call_as_functions(rewritten.module)
         report = Report.of(self._name, self.methods, rewritten)
-        log.info("%s", report.headline)
         if self._settings.backend != "eager":
             as_regions(rewritten.module)
         run = self._settings.compile(rewritten.module, self._check_kinds)
@@ -301,6 +301,13 @@ class OptimizedDenoiser(StandIn):
         """Refuse to compile a graph again for weights that are not what it was captured with."""
         if not self._states.same_kinds():
             raise InputError(f"weights of {self._name} have other dtypes, devices or shapes than when it was captured")
+
+    def _inspect(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Report:
+        """What would be done for these inputs; nothing is kept, and nothing is logged of it."""
+        arguments, _ = self._binder.bind(args, kwargs)
+        grid = families.grid_for(self._settings.grid, arguments, self._read_grid(arguments))
+        with one_at_a_time():
+            return self._capture(arguments, grid.grid).report
 
     @property
     def _name(self) -> str:
@@ -391,4 +398,4 @@ def inspect(
 
     Works on the meta device as well. Arguments and errors are those of :func:`optimize`.
     """
-    return optimize(model, args, kwargs, method=method, backend="eager", grid=grid).report
+    return optimize(model, method=method, backend="eager", grid=grid)._inspect(args or (), kwargs or {})

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bigain_fx.passes.methods import Methods
+from bigain_fx.passes.methods import Method, Methods
 from bigain_fx.passes.pipeline import Rewritten, SiteRecord
+
+log = logging.getLogger("bigain_fx")
+
+REASONS = 3
+"""As many are named where a method changed nothing, the most common first."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,17 @@ class Report:
         )
 
     @property
+    def unchanged(self) -> str | None:
+        """Which methods changed no attention, and the most common reasons; None where each of them changed some."""
+        idle = [method for method in self.methods if not any(method.kind in site.action for site in self.sites)]
+        if not idle:
+            return None
+        meant = [site for site in self.sites if any(_meant(site, method) for method in idle)] or self.sites
+        counts = Counter(general(site.reason) for site in meant)
+        why = [f"{reason} ({count} of {len(meant)})" for reason, count in counts.most_common(REASONS)]
+        return f"{' + '.join(map(str, idle))} changed nothing: {', '.join(why) or 'there is no attention'}"
+
+    @property
     def saved_ms(self) -> float | None:
         """Milliseconds that a call takes less by the times of its attentions; None where they were not measured."""
         saved = [site.ms - site.ms_after for site in self.sites if site.ms is not None and site.ms_after is not None]
@@ -94,3 +113,21 @@ class Report:
             named = [f"{column} {text}" for column, text in zip(self.columns[2:-1], details, strict=True)]
             lines.append(f"  {name}: {', '.join([action, *named])}; {reason}".rstrip("; "))
         return "\n".join(lines)
+
+
+def _meant(site: SiteRecord, method: Method) -> bool:
+    """Whether ``method`` is for an attention like this one: over an image, on a grid of its levels."""
+    return site.level is not None and (method.levels is None or site.level <= method.levels)
+
+
+def general(reason: str) -> str:
+    """``reason`` without the numbers of nodes, which differ from attention to attention."""
+    return re.sub(r"\b([a-z]\w*?)_\d+\b", r"\1", re.sub(r" \(at \w+\)$", "", reason))
+
+
+def announce(report: Report) -> None:
+    """Log the headline, at WARNING with the reasons where a method changed nothing."""
+    if (unchanged := report.unchanged) is None:
+        log.info("%s", report.headline)
+    else:
+        log.warning("%s; %s", report.headline, unchanged)

@@ -66,7 +66,8 @@ class States:
 
     def values(self, paths: Iterable[str]) -> dict[str, Tensor]:
         """Return the floats at ``paths`` as they were at the last look, a tensor of its own for each."""
-        assert self._now is not None
+        if self._now is None:
+            return {}
         return {path: self._tensor(self._now[1].number(path)).clone() for path in paths}
 
     def unmoved(self, with_kinds: bool) -> int | None:

@@ -222,6 +222,30 @@ def KVDownsample(x, alpha, grid: Sequence[int], factor: int):
 
 
 @script(_bigain, default_opset=op)
+def KVDownsampleCut(x, alpha, grid: Sequence[int], factor: int):
+    """As ``KVDownsample``, on a grid whose last row or column of blocks is cut off at the edge."""
+    sides, side = op.Identity(grid), op.Unsqueeze(factor, [0])
+    blocks = op.Div(op.Add(sides, op.Sub(side, 1)), side)
+    down, across = op.Split(blocks, num_outputs=2)
+    h, w = op.Split(sides, num_outputs=2)
+    top, left = op.Range(0, op.Squeeze(h), factor), op.Range(0, op.Squeeze(w), factor)
+
+    image = op.Reshape(op.Cast(x, to=_FLOAT), op.Concat([0], sides, [-1], axis=0))
+    missing = op.Sub(op.Mul(blocks, side), sides)
+    padded = op.Pad(image, op.Concat([0, 0, 0, 0, 0], missing, [0], axis=0))
+    total = op.ReduceSum(op.Reshape(padded, op.Concat([0], down, side, across, side, [-1], axis=0)), [2, 4], keepdims=0)
+    members = op.Mul(op.Unsqueeze(op.Min(op.Sub(h, top), side), [1]), op.Min(op.Sub(w, left), side))
+    mean = op.Div(total, op.Unsqueeze(op.Cast(members, to=_FLOAT), [2]))
+
+    middle = op.Div(side, 2)
+    rows, columns = op.Min(op.Add(top, middle), op.Sub(h, 1)), op.Min(op.Add(left, middle), op.Sub(w, 1))
+    nearest = op.Gather(op.Gather(image, rows, axis=1), columns, axis=2)
+    weight = op.Reshape(alpha, [-1, 1, 1, 1])
+    mixed = op.Add(op.Mul(weight, nearest), op.Mul(op.Sub(1.0, weight), mean))
+    return op.CastLike(op.Reshape(mixed, op.Concat([0], op.Mul(down, across), [-1], axis=0)), x)
+
+
+@script(_bigain, default_opset=op)
 def LinearAlpha(timestep, noisy: float, clean: float, t_noisy: float, t_clean: float, batch: int):
     """Alpha linear in the timestep, clamped outside: ``(), (1,)`` or ``(B,)`` floating -> ``(B,)`` float32."""
     progress = op.Div(op.Sub(op.Cast(timestep, to=_FLOAT), t_noisy), op.Sub(t_clean, t_noisy))
@@ -231,6 +255,6 @@ def LinearAlpha(timestep, noisy: float, clean: float, t_noisy: float, t_clean: f
 
 FUNCTIONS: tuple[OnnxFunction, ...] = (
     Rows, CellTokens, LaplacianPosition, MergePlan, LaplacianMergePlan, Groups, GroupSizes, Merge, Unmerge,
-    NearestGroups, Blend, KVDownsample, LinearAlpha,
+    NearestGroups, Blend, KVDownsample, KVDownsampleCut, LinearAlpha,
 )  # fmt: skip
 """Every function, those that others call included, callees first."""

@@ -24,6 +24,7 @@ from bigain_fx.export.functions import DOMAIN, FUNCTIONS, VERSION
 from bigain_fx.export.retrace import quiet, retrace
 from bigain_fx.passes.arguments import SDPA
 from bigain_fx.passes.errors import ExportError, first_line
+from bigain_fx.passes.ops import downsampled_grid
 from bigain_fx.passes.ops.plan import NEAREST, SHARPNESS
 from bigain_fx.passes.sites import module_name
 
@@ -162,8 +163,9 @@ def _blend(where: dict[str, str], y: Tensor, near: Tensor, weight: Tensor) -> Te
 
 def _kv_downsample(where: dict[str, str], x: Tensor, alpha: float | Tensor, grid: list[int], factor: int) -> Tensor:
     weight = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=torch.float32)
-    shape = (x.shape[0], x.shape[1] // factor**2, x.shape[2])
-    return _emit("KVDownsample", [x, weight], {"grid": list(grid), "factor": factor}, x.dtype, shape, where)
+    name = "KVDownsampleCut" if any(side % factor for side in grid) else "KVDownsample"
+    shape = (x.shape[0], math.prod(downsampled_grid(grid, factor)), x.shape[2])
+    return _emit(name, [x, weight], {"grid": list(grid), "factor": factor}, x.dtype, shape, where)
 
 
 def _linear_alpha(

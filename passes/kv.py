@@ -24,7 +24,7 @@ from bigain_fx.passes.errors import RewriteError
 from bigain_fx.passes.fewer import Fewer, image_rows
 from bigain_fx.passes.fused import separated
 from bigain_fx.passes.methods import KVMethod, LinearAlpha
-from bigain_fx.passes.ops import nearest_tokens
+from bigain_fx.passes.ops import downsampled_grid, nearest_tokens
 from bigain_fx.passes.sites import AttentionSite
 from bigain_fx.passes.surgery import Surgeon
 
@@ -34,14 +34,12 @@ TIMESTEP_INPUTS = ("timestep", "timesteps", "t")
 
 def refuse(site: AttentionSite, method: KVMethod) -> str | None:
     """Why ``method`` does nothing at ``site``, or None."""
-    if any(side % method.factor for side in site.grid):
-        return f"factor {method.factor} does not divide the grid {site.grid}"
-    return None
+    return "its image is one token" if site.tokens == 1 else None
 
 
 def tokens_after(site: AttentionSite, method: KVMethod) -> int:
     """Keys and values of image tokens that are left."""
-    return site.tokens // method.factor**2
+    return math.prod(downsampled_grid(site.grid, method.factor))
 
 
 def apply(surgeon: Surgeon, site: AttentionSite, method: KVMethod) -> AttentionSite:

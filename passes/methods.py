@@ -193,7 +193,7 @@ class KVDownsample:
     """BiGain-TD: keys and values from interpolated or extrapolated tokens, queries whole (paper, IE-KVD).
 
     Attributes:
-        factor: per axis, at least 2; keys and values fall by its square.
+        factor: per axis, at least 2; keys and values fall by its square. It need not divide the grid's sides.
         alpha: a finite number (0 pools, 1 takes the nearest, above 1 extrapolates) or a :class:`LinearAlpha`.
         levels: how many of the finest image grids to downsample on; None is all of them.
     """

@@ -129,9 +129,7 @@ class Operators:
         """The image tokens that are keys, per sample."""
         assert self.x is not None
         if self.factor is not None:
-            inside = self.factor // 2 * self.factor + self.factor // 2
-            blocks = oracle.cell_tokens(self.site.grid, (self.factor, self.factor))
-            return [[block[inside] for block in blocks]] * len(self.x)
+            return [oracle.nearest_tokens(self.site.grid, self.factor)] * len(self.x)
         if self.plan is not None:
             return [[int(token) for token in sample] for sample in self.plan.rep]
         return [list(range(self.x.shape[1]))] * len(self.x)

@@ -67,7 +67,7 @@ class Naive:
                     ends = (alpha.noisy, alpha.clean, 999.0, 0.0)
                     alpha = oracle.linear_alpha(self.timestep, len(x), *ends)  # type: ignore[arg-type]
                 s = method.factor
-                self.nearest = [cell[(s // 2) * s + s // 2] for cell in oracle.cell_tokens(grid, (s, s))]
+                self.nearest = oracle.nearest_tokens(grid, s)
                 index = (torch.tensor(self.nearest) + self.start).expand(len(x), -1)
                 keys = replaced(x, index, oracle.kv_downsample(x[:, rows], alpha, grid, s))
         return queries, keys if self.nearest is not None else queries
@@ -271,7 +271,7 @@ def fits(method: Any, grid: Pair, finest: bool) -> bool:
     if method.levels == 1 and not finest:
         return False
     if method.kind == KV:
-        return not any(side % method.factor for side in grid)
+        return True
     return bool(oracle.cell_tokens(grid, method.cell)) and oracle.merged_count(grid, method.cell, method.ratio) > 0
 
 

@@ -271,8 +271,7 @@ def draw_methods(rng: random.Random, design: Design) -> Methods:
     if KV in kinds:
         schedule = design.timestep != "none" and design.doubled == "no" and rng.random() < 0.3
         alpha = bgx.LinearAlpha(0.8, 1.2, 999, 0) if schedule else rng.choice([0.9, 0.0, 1.2])
-        divides = [factor for factor in (2, 3) if not any(side % factor for side in design.grid)]
-        chosen.append(bgx.KVDownsample(rng.choice([*divides, 2]), alpha, levels=levels))
+        chosen.append(bgx.KVDownsample(rng.choice([2, 2, 3, 4]), alpha, levels=levels))
     return normalize(chosen)
 
 

@@ -245,24 +245,43 @@ def unmerge(y: Tensor, plan: Plan) -> Tensor:
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def kv_downsample(x: Tensor, alpha: float | Sequence[float], grid: Pair, factor: int) -> Tensor:
-    """``alpha * nearest + (1 - alpha) * mean`` of every factor x factor block: (B, N, C) -> (B, N / factor**2, C).
+def blocks(grid: Pair, factor: int) -> list[list[int]]:
+    """The tokens of every block of a downsampling, blocks and tokens row-major; the last ones of an axis may be cut."""
+    found: dict[Pair, list[int]] = {}
+    for token in range(grid[0] * grid[1]):
+        row, column = divmod(token, grid[1])
+        found.setdefault((row // factor, column // factor), []).append(token)
+    return [found[place] for place in sorted(found)]
 
-    ``alpha`` is one number or one a sample; nearest is at offset ``factor // 2`` of the block in both axes.
+
+def nearest_tokens(grid: Pair, factor: int) -> list[int]:
+    """Of every block, the token that torch's ``nearest-exact`` takes for it at a scale of ``1 / factor``.
+
+    The edge is repeated until whole blocks are there, since torch rounds the number of blocks down.
+    """
+    image = torch.arange(float(grid[0] * grid[1])).view(1, 1, *grid)
+    image = torch.nn.functional.pad(image, (0, -grid[1] % factor, 0, -grid[0] % factor), mode="replicate")
+    small = torch.nn.functional.interpolate(image, scale_factor=1 / factor, mode="nearest-exact")
+    return [int(token) for token in small.flatten()]
+
+
+def kv_downsample(x: Tensor, alpha: float | Sequence[float], grid: Pair, factor: int) -> Tensor:
+    """``alpha * nearest + (1 - alpha) * mean`` of every factor x factor block: (B, N, C) -> (B, blocks, C).
+
+    ``alpha`` is one number or one a sample; the mean is over what the block has, the last of an axis what is left.
     """
     values = _numpy(x)
     alphas = [alpha] * x.shape[0] if isinstance(alpha, (int, float)) else list(alpha)
-    blocks = cell_tokens(grid, (factor, factor))
-    result = np.zeros((x.shape[0], len(blocks), x.shape[2]), np.float32)
-    nearest = (factor // 2) * factor + factor // 2
+    members, nearest = blocks(grid, factor), nearest_tokens(grid, factor)
+    result = np.zeros((x.shape[0], len(members), x.shape[2]), np.float32)
     for b in range(values.shape[0]):
         weight = np.float32(alphas[b])
-        for index, tokens in enumerate(blocks):
+        for index, tokens in enumerate(members):
             total = np.zeros(x.shape[2], np.float32)
             for token in tokens:
                 total += values[b, token]
             mean = total / np.float32(len(tokens))
-            result[b, index] = weight * values[b, tokens[nearest]] + (np.float32(1) - weight) * mean
+            result[b, index] = weight * values[b, nearest[index]] + (np.float32(1) - weight) * mean
     return torch.from_numpy(result).to(x.dtype)
 
 

@@ -153,7 +153,7 @@ def apply(
 ) -> tuple[nn.Module, dict[str, str]]:
     """A copy of ``model`` with the operators in its self-attentions, and the `action` of each, by module name.
 
-    A grid that the factor does not divide counts as a level and keeps its keys; cross-attentions are not listed.
+    Cross-attentions are not listed.
     """
     model = copy.deepcopy(model)
     found = self_attentions(model, args, kwargs)
@@ -177,8 +177,6 @@ def apply(
             norm.register_forward_pre_hook(see_residual(name))
         merging = merge if merge is not None and grid in grids[: merge.levels] else None
         sampling = downsample if downsample is not None and grid in grids[: downsample.levels] else None
-        if sampling is not None and (grid[0] % sampling.factor or grid[1] % sampling.factor):
-            sampling = None
         processor: Any = Processor(name, grid, recorder, merging, sampling)
         attention.set_processor(processor)
         actions[name] = action(merging, sampling)

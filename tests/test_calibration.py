@@ -169,6 +169,10 @@ def test_losses_are_lines_and_savings_parabolas_in_between() -> None:
     torch.testing.assert_close(_parabolas(tried, saved[None], fine), expected[None])
 
 
+LINE = {"hidden_states": torch.ones(1, 1, 8, 2)}
+"""Patches in one column: no grid."""
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -179,7 +183,7 @@ def test_losses_are_lines_and_savings_parabolas_in_between() -> None:
             "a call has no timestep or timesteps or t among hidden_states",
         ),
         ({"calls": [{"timestep": torch.tensor([1, 2])}]}, r"a call has the timesteps \[1.0, 2.0\]; give one"),
-        ({"method": bgx.KVDownsample(3)}, "method rewrites no attention of DiTTransformer2DModel"),
+        ({"calls": [call | LINE for call in calls()]}, "method rewrites no attention of DiTTransformer2DModel"),
         ({"method": bgx.ToDo(2)}, r"method=ToDo\(factor=2, levels=1\) has neither an alpha nor a ratio"),
         ({"method": bgx.ToMe(0)}, "method='tome:0' rewrites no attention of DiTTransformer2DModel, or changes nothing"),
         (

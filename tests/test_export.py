@@ -157,6 +157,16 @@ def test_a_method_that_the_grammar_cannot_say_is_written_as_python(inputs: Any, 
     assert method == "KVDownsample(alpha=LinearAlpha(noisy=0.8, clean=1.2, t_noisy=900, t_clean=100))"
 
 
+def test_a_grid_that_the_factor_does_not_divide(inputs: Any, tmp_path: Path) -> None:
+    odd, method = inputs | {"sample": torch.randn(2, 4, 7, 9)}, bgx.KVDownsample(2, bgx.LinearAlpha())
+    record = bgx.export_onnx(unet(), (), tmp_path / "u.onnx", kwargs=odd, method=method)
+    assert {(site.tokens, site.tokens_after) for site in record.graphs[0].report.rewritten} == {(63, 20)}
+    assert record.operators["bigain::KVDownsampleCut"] > 0
+    assert "bigain::KVDownsample" not in record.operators
+    expected = bgx.optimize(unet(), method=method, backend="eager")(**odd).sample
+    torch.testing.assert_close(bgx.OrtDenoiser(tmp_path / "u.onnx")(**odd).sample, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_sizes_share_one_weight_file(inputs: Any, tmp_path: Path) -> None:
     model = unet()
     wide = inputs | {"sample": torch.randn(2, 4, 8, 16)}

@@ -301,8 +301,9 @@ def test_ids_that_tell_no_grid_are_said(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.WARNING, "bigain_fx"):
         for _ in range(2):
             fast(TOKENS, ids((2, 6), (2, 6)))
-    (warning,) = said(caplog)
+    warning, nothing = said(caplog)
     assert warning == "Packed: img_ids names several images or frames; pass grid=, if one grid holds them all"
+    assert "bigain-tm:0.5 changed nothing: no grid" in nothing
     assert fast.report.sites[0].action == "kept"
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bigain_fx.passes import ops
 from tests import oracle
@@ -29,7 +31,11 @@ LAYOUTS: list[tuple[Pair, Pair]] = [
     ((3, 8), (1, 2)),
     ((4, 7), (1, 2)),
 ]
-GRIDS: list[tuple[Pair, int]] = [((8, 8), 2), ((4, 10), 2), ((6, 9), 3), ((3, 3), 3), ((8, 12), 4)]
+# grid, factor: blocks that are whole, cut off in one axis or both, after their middle or before it, and just one block
+GRIDS: list[tuple[Pair, int]] = [
+    ((8, 8), 2), ((4, 10), 2), ((6, 9), 3), ((3, 3), 3), ((8, 12), 4),
+    ((5, 7), 2), ((7, 4), 2), ((7, 8), 3), ((9, 14), 4), ((11, 10), 5), ((2, 9), 4), ((3, 5), 7), ((1, 6), 4),
+]  # fmt: skip
 ALPHAS = [0.0, 0.9, 1.0, 1.2, -0.25]
 
 
@@ -387,6 +393,24 @@ def test_kv_downsample_keeps_dtype_and_computes_in_float32(dtype: torch.dtype) -
 def test_kv_downsample_of_alpha_one_is_the_nearest_token() -> None:
     x = torch.randn(1, 24, 3)
     assert torch.equal(BIGAIN.kv_downsample(x, 1.0, (4, 6), 2), x.view(1, 4, 6, 3)[:, 1::2, 1::2].reshape(1, 6, 3))
+
+
+def test_nearest_tokens_are_those_of_nearest_exact_and_of_their_own_block() -> None:
+    """Torch's own kernel, told the scale: where a block is cut off before its middle, it takes the last token."""
+    for side, factor in itertools.product(range(1, 41), range(2, 17)):
+        count = -(-side // factor)
+        line = torch.arange(float(side)).view(1, 1, 1, side)
+        taken = torch.ops.aten._upsample_nearest_exact2d(line, [1, count], 1.0, 1 / factor).flatten().long()
+        assert torch.equal(ops.nearest_tokens((1, side), factor), taken), (side, factor)
+        assert torch.equal(ops.nearest_tokens((side, 1), factor), taken), (side, factor)
+        assert torch.equal(taken // factor, torch.arange(count)), (side, factor)
+
+
+def test_kv_downsample_of_whole_blocks_is_a_view_and_a_mean() -> None:
+    """A grid that the factor divides pays nothing for those that it does not: no padding, no counts."""
+    graph = make_fx(lambda x: BIGAIN.kv_downsample(x, 0.9, (4, 6), 2))(torch.randn(1, 24, 4)).graph
+    names = [str(node.target).split(".")[1] for node in graph.nodes if node.op == "call_function"]
+    assert names == ["view", "select", "select", "mean", "mul", "mul", "add", "view"]
 
 
 def test_kv_downsample_of_strided_tokens() -> None:

@@ -119,7 +119,7 @@ def test_a_new_signature_is_captured_once_and_said(caplog: pytest.LogCaptureFixt
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("method", [(), bgx.LaplacianMerge(0), bgx.ToMe(0), bgx.KVDownsample(3)], ids=str)
+@pytest.mark.parametrize("method", [(), bgx.LaplacianMerge(0), bgx.ToMe(0), bgx.BlockPool(0.01)], ids=str)
 @torch.no_grad()
 def test_nothing_to_do_is_the_captured_graph_itself(method: Any) -> None:
     model = dit()

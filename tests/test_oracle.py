@@ -49,6 +49,15 @@ def test_oracle_kv_downsample_of_one_block() -> None:
     assert oracle.kv_downsample(torch.arange(16.0).view(1, 16, 1), 1, (4, 4), 4).tolist() == [[[10.0]]]
 
 
+def test_oracle_kv_downsample_of_blocks_that_are_cut_off() -> None:
+    assert oracle.blocks((3, 5), 2) == [[0, 1, 5, 6], [2, 3, 7, 8], [4, 9], [10, 11], [12, 13], [14]]
+    assert oracle.nearest_tokens((3, 5), 2) == [6, 8, 9, 11, 13, 14]
+    assert oracle.nearest_tokens((1, 7), 5) == [2, 6]
+    x = torch.arange(15.0).view(1, 15, 1)
+    assert oracle.kv_downsample(x, 0, (3, 5), 2).flatten().tolist() == [3, 5, 6.5, 10.5, 12.5, 14]
+    assert oracle.kv_downsample(x, 1, (3, 5), 7).flatten().tolist() == [13]
+
+
 def test_oracle_linear_alpha_by_hand() -> None:
     steps = torch.tensor([999.0, 0, 499.5, -5, 2000])
     assert oracle.linear_alpha(steps, 5, 0.8, 1.2, 999, 0) == pytest.approx([0.8, 1.2, 1.0, 1.2, 0.8])

@@ -88,6 +88,14 @@ def test_a_package_gives_the_rewritten_graphs_numbers(package: Path) -> None:
     assert not torch.equal(deployed(IMAGE), toy()(IMAGE))
 
 
+def test_a_package_of_a_grid_that_the_factor_does_not_divide(tmp_path: Path) -> None:
+    kwargs = {"image": torch.randn(2, 3, 5, 7)}
+    report = bgx.export_package(toy(), None, tmp_path / "odd.pt2", kwargs=kwargs, method=bgx.KVDownsample(3))
+    assert [(site.tokens, site.tokens_after) for site in report.sites] == [(35, 6)]
+    found = load_package(tmp_path / "odd.pt2")(**kwargs)
+    torch.testing.assert_close(found, reference(toy(), kwargs, bgx.KVDownsample(3)), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("image", [IMAGE[:1], IMAGE.half(), IMAGE.to("meta")], ids=["shape", "dtype", "device"])
 def test_a_wrong_input_does_not_reach_the_machine_code(package: Path, image: Tensor) -> None:
     with pytest.raises(bgx.InputError, match="image"):

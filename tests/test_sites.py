@@ -113,14 +113,11 @@ def test_weights_are_shared() -> None:
     assert {id(p) for p in rewritten.module.parameters()} <= {id(p) for p in toy.parameters()}
 
 
-def test_a_factor_that_does_not_divide_and_a_cell_too_large_are_reasons() -> None:
+def test_a_cell_too_large_and_a_ratio_too_small_are_reasons() -> None:
     both = normalize([bgx.LaplacianMerge(0.5, cell=(5, 2)), bgx.KVDownsample(3)])
     (record,) = run(toys.Separate(), both)[0].records
-    assert record.action == "kept"
-    assert "factor 3 does not divide the grid (4, 6)" in record.reason
-    assert "cell (5, 2) is larger than the grid (4, 6)" in record.reason
-    (record,) = run(toys.Separate(), normalize([bgx.LaplacianMerge(0.5), bgx.KVDownsample(3)]))[0].records
-    assert (record.action, record.reason) == ("merge", "factor 3 does not divide the grid (4, 6)")
+    assert (record.action, record.reason) == ("kv", "cell (5, 2) is larger than the grid (4, 6)")
+    assert record.tokens_after == 4
     (record,) = run(toys.Separate(), normalize(bgx.LaplacianMerge(0.01)))[0].records
     assert (record.action, record.reason) == ("kept", "ratio 0.01 of 24 tokens merges none")
 

@@ -149,8 +149,8 @@ def squeezed(method: Method, x: Tensor, metric: Tensor, grid: Pair, timestep: in
         alpha: float | list[float] = method.alpha if not isinstance(method.alpha, bgx.LinearAlpha) else \
             oracle.linear_alpha(timestep, len(x), method.alpha.noisy, method.alpha.clean, 999, 0)  # fmt: skip
         small = oracle.kv_downsample(x, alpha, grid, method.factor)
-        block = [(n // grid[1] // 2) * (grid[1] // 2) + n % grid[1] // 2 for n in range(math.prod(grid))]
-        return small[:, block]
+        block = {token: index for index, of in enumerate(oracle.blocks(grid, method.factor)) for token in of}
+        return small[:, [block[token] for token in range(math.prod(grid))]]
     merged = oracle.merged_count(grid, (2, 2), method.ratio)
     if isinstance(method, bgx.BlockPool):
         plan = oracle.pool_plan(metric, grid, (2, 2), merged // 3)
@@ -162,7 +162,7 @@ def squeezed(method: Method, x: Tensor, metric: Tensor, grid: Pair, timestep: in
 
 METHODS: list[Method] = [
     bgx.LaplacianMerge(0.5), bgx.LaplacianMerge(0.7, scope="block"), bgx.LaplacianMerge(0.5, reduce="mlerp"),
-    bgx.ToMe(0.5, destination="top-left"), bgx.BlockPool(0.5), bgx.ToDo(2), bgx.KVDownsample(2, 0.9),
+    bgx.ToMe(0.5, destination="top-left"), bgx.BlockPool(0.5), bgx.ToDo(2), bgx.ToDo(3), bgx.KVDownsample(2, 0.9),
     bgx.KVDownsample(2, bgx.LinearAlpha(0.8, 1.2)),
 ]  # fmt: skip
 
@@ -257,7 +257,7 @@ def two_levels() -> nn.Module:
         ({"method": (bgx.ToMe(0.5), bgx.ToDo(2))}, r"method=\(ToMe\(.*, ToDo\(.*\) must be one merge"),
         ({"method": bgx.ToMe(0.5, reduce="prune")}, "method=ToMe.*'prune'.* must be one merge by means"),
         ({"timesteps": []}, r"timesteps=\[\] is empty; give one or more"),
-        ({"method": bgx.ToDo(3)}, r"method=todo:3 rewrites attentions on 0 grids \[\]; it must be one"),
+        ({"method": bgx.ToMe(0.01)}, r"method=tome:0.01 rewrites attentions on 0 grids \[\]; it must be one"),
         (
             {"method": bgx.ToDo(2, levels=None)},
             r"todo:2:levels=all rewrites attentions on 2 grids \[\(4, 4\), \(8, 8\)\]",

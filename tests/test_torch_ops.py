@@ -36,6 +36,8 @@ def op_samples() -> list[tuple[str, Any, tuple[Any, ...]]]:
         ("kv_downsample", BIGAIN.kv_downsample.default, (even, 0.9, (4, 6), 2)),
         ("kv_downsample-Tensor", BIGAIN.kv_downsample.Tensor, (even, alpha, (4, 6), 2)),
         ("kv_downsample-Tensor-bfloat16", BIGAIN.kv_downsample.Tensor, (even.bfloat16(), alpha, (4, 6), 2)),
+        ("kv_downsample-cut", BIGAIN.kv_downsample.default, (x, 0.9, (5, 7), 3)),
+        ("kv_downsample-Tensor-cut", BIGAIN.kv_downsample.Tensor, (x.bfloat16(), alpha, (5, 7), 2)),
         ("linear_alpha", BIGAIN.linear_alpha.default, (torch.tensor([7, 900]), 2, 0.8, 1.2, 999.0, 0.0)),
         ("linear_alpha-0d", BIGAIN.linear_alpha.default, (torch.tensor(7.5), 2, 0.8, 1.2, 999.0, 0.0)),
     ]
@@ -66,7 +68,7 @@ class Compressed(nn.Module):
         angles = x.gather(1, rep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         full = BIGAIN.unmerge(torch.tanh(merged) + angles, assign)
         alpha = BIGAIN.linear_alpha(timestep, 2, 0.8, 1.2, 999.0, 0.0)
-        return full, BIGAIN.kv_downsample(x, 0.9, [6, 8], 2), BIGAIN.kv_downsample(full, alpha, [6, 8], 2)
+        return full, BIGAIN.kv_downsample(x, 0.9, [6, 8], 2), BIGAIN.kv_downsample(full, alpha, [6, 8], 5)
 
 
 def test_ops_are_one_node_each_in_the_exported_graph() -> None:

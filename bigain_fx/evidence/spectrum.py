@@ -22,6 +22,7 @@ from bigain_fx.families import GridHint
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, normalize
+from bigain_fx.passes.ops import downsampled_grid
 
 bigain = torch.ops.bigain
 MERGES = frozenset({bigain.merge.default, bigain.mlerp.default})
@@ -145,8 +146,9 @@ def _features(site: str, call: Call, grid: Grid) -> tuple[Tensor, Tensor]:
     if call.operator in MERGES:
         return x, bigain.unmerge(call.result, call.args[1])
     factor: int = call.args[3]
-    blocks: Tensor = call.result.unflatten(1, (grid[0] // factor, grid[1] // factor))
-    return x, blocks.repeat_interleave(factor, 1).repeat_interleave(factor, 2).flatten(1, 2)
+    blocks: Tensor = call.result.unflatten(1, downsampled_grid(grid, factor))
+    whole = blocks.repeat_interleave(factor, 1).repeat_interleave(factor, 2)[:, : grid[0], : grid[1]]
+    return x, whole.flatten(1, 2)
 
 
 def figure(spectra: Mapping[str, Spectra]) -> Figure:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bigain_fx.passes.ops.kv import kv_downsample, linear_alpha, nearest_tokens
+from bigain_fx.passes.ops.kv import downsampled_grid, kv_downsample, linear_alpha, nearest_tokens
 from bigain_fx.passes.ops.merge import blend, group_sizes, merge, mlerp, unmerge
 from bigain_fx.passes.ops.plan import merge_plan, nearest_groups, pool_plan
 from bigain_fx.passes.ops.score import complete_cells, laplacian_score, random_positions, row_positions, window_sides
@@ -45,7 +45,7 @@ DECIDING = PLANS | {torch.ops.bigain.nearest_groups.default}
 
 __all__ = [
     "DECIDING", "PLANS",
-    "blend", "complete_cells", "group_sizes", "kv_downsample", "laplacian_score", "linear_alpha", "merge", "merge_plan",
-    "mlerp", "nearest_groups", "nearest_tokens", "pool_plan", "random_positions", "row_positions", "unmerge",
-    "window_sides",
+    "blend", "complete_cells", "downsampled_grid", "group_sizes", "kv_downsample", "laplacian_score", "linear_alpha",
+    "merge", "merge_plan", "mlerp", "nearest_groups", "nearest_tokens", "pool_plan", "random_positions",
+    "row_positions", "unmerge", "window_sides",
 ]  # fmt: skip

@@ -36,6 +36,10 @@ DENSE = "dense"
 METHODS = (DENSE, "bigain-tm:0.7", "bigain-tm:0.7:block", "bigain-tm:0.7+bigain-td:2")
 LATENT = 32
 NARROW: dict[str, dict[str, Any]] = {
+    "sd2": {
+        "sample_size": LATENT, "block_out_channels": (64, 128, 256, 256), "attention_head_dim": (1, 2, 4, 4),
+        "cross_attention_dim": 256,
+    },
     "sdxl": {
         "sample_size": LATENT, "block_out_channels": (64, 128, 256), "attention_head_dim": (1, 2, 4),
         "cross_attention_dim": 256,

@@ -22,12 +22,12 @@ from bigain_fx.stopwatch import synchronizer
 if TYPE_CHECKING:
     from bigain_fx.models import Workload
 
-EAGER, DENSE, ONNX, TOMESD, AS_EAGER = "dense eager", "dense", "onnx:", "tomesd:", " eager"
+EAGER, PLAIN, DENSE, ONNX, TOMESD, AS_EAGER = "dense eager", "torch.compile", "dense", "onnx:", "tomesd:", " eager"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Which rows there are to be beside the two dense ones; the arguments are those of ``run``."""
+    """Which rows there are to be beside the dense ones; the arguments are those of ``run``."""
 
     methods: Mapping[str, Methods]
     eager: Mapping[str, Methods]
@@ -112,6 +112,9 @@ def builders(workload: Workload, asked: Asked, folder: Path) -> Iterator[tuple[s
 
     patched: dict[float, tomesd_rows.Patched] = {}
     yield EAGER, lambda: Built(eager, "eager")
+    if backend != "eager":
+        plain = torch.compile(workload.model, dynamic=False, backend=backend, mode=mode)
+        yield PLAIN, lambda: Built(partial(plain, *workload.args, **workload.kwargs), "compiled")
     yield DENSE, partial(optimized, (), backend)
     for name, given in asked.methods.items():
         if given:

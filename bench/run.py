@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from bigain_fx.bench import BenchError, result, rows, timing
 from bigain_fx.bench.result import BenchResult, Row
-from bigain_fx.bench.rows import AS_EAGER, DENSE, EAGER, ONNX, TOMESD, Asked, Built, Ready
+from bigain_fx.bench.rows import AS_EAGER, DENSE, EAGER, ONNX, PLAIN, TOMESD, Asked, Built, Ready
 from bigain_fx.capture import CallBinder
 from bigain_fx.passes.methods import Methods
 from bigain_fx.stopwatch import synchronizer
@@ -45,7 +45,8 @@ def run(
     seed: int = 0,
     progress: bool = True,
 ) -> BenchResult:
-    """Time ``workload`` dense eager, dense compiled, with each method, with the free bound of each, and its peers.
+    """Time ``workload`` dense eager, by plain ``torch.compile``, dense as we compile it, with each method and its free
+    bound, and its peers.
 
     Args:
         workload: a denoiser in eval mode, and the inputs to call it with.
@@ -129,7 +130,7 @@ def _check_arguments(workload: Workload, asked: Asked, rounds: int, warmup: int)
     if warmup < 0:
         raise BenchError(f"warmup={warmup!r} must be 0 or more")
     for name, given in asked.methods.items():
-        taken = name == DENSE or name.startswith(("bound:", ONNX, TOMESD)) or name.endswith(AS_EAGER)
+        taken = name in (DENSE, PLAIN) or name.startswith(("bound:", ONNX, TOMESD)) or name.endswith(AS_EAGER)
         if given and taken:
             raise BenchError(f"methods has {name!r}, the name of a row that is not a method; call it something else")
     weight = next(workload.model.parameters(), None)
@@ -202,10 +203,10 @@ def _rows(
                 efficiency=efficiency,
                 relative_l2=row.relative_l2,
                 peak_bytes=row.peak_bytes,
-                capture_s=None if name == EAGER else row.capture_s,
+                capture_s=None if name in (EAGER, PLAIN) else row.capture_s,
                 compile_s=max(row.first_s - medians[name], 0.0) if compiled else None,
                 compile_cached=row.cached if compiled else None,
-                flops=ready[DENSE].built.flops if name == EAGER else row.built.flops,
+                flops=ready[DENSE].built.flops if name in (EAGER, PLAIN) else row.built.flops,
                 sites=row.built.sites,
             )
         )

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from torch.fx import Graph, Node
 
 from bigain_fx.passes.arguments import SDPA
-from bigain_fx.passes.axes import Axis, Layout, Refusal, aten, descendants, named, names, parts, shape_of
+from bigain_fx.passes.axes import Axis, Layout, Refusal, aten, named, names, parts, shape_of
 from bigain_fx.passes.errors import GridError
-from bigain_fx.passes.rules import propagate
+from bigain_fx.passes.memory import descendants
+from bigain_fx.passes.rules import forget, propagate
 
 FRAMES, ROWS, COLUMNS = "frames", "rows", "columns"
 Grid = tuple[int, int]
@@ -32,6 +33,7 @@ def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
     packed, samples = packed_input(graph, hint), sample_inputs(graph)
     sampled = descendants(samples, graph)
     for node in graph.nodes:
+        forget(node, layouts)
         shape = shape_of(node)
         layout: Layout | Refusal | None = None
         if node is packed and hint:

@@ -103,7 +103,7 @@ def _weigh(surgeon: Surgeon, sdpa: Node, groups: Node, count: int) -> None:
 
     sizes = surgeon.once(("sizes", groups), groups, logarithms)
     with surgeon.graph.inserting_before(sdpa):
-        mask = surgeon.emit(aten.reshape.default, (sizes, [shape_of(groups)[0], 1, 1, count]), like=sdpa)
+        mask = surgeon.emit(aten.reshape.default, (sizes, [shape_of(groups)[0], *[1] * (len(shape_of(sdpa)) - 2), count]), like=sdpa)
         mask = surgeon.emit(aten.to.dtype, (mask, sdpa.meta["val"].dtype), like=sdpa)
     sdpa.args = (*sdpa.args[:3], mask, *sdpa.args[4:])
     sdpa.kwargs = {name: value for name, value in sdpa.kwargs.items() if name != "attn_mask"}

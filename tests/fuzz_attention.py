@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fuzz_parts import Choices, CrossAttention, Env, HeadNorm, Rotary, Sizes, overwrite, renamed
+from tests.fuzz_parts import CUTS, Choices, CrossAttention, Env, HeadNorm, Rotary, Sizes, overwrite, renamed
 
 Metrics = Mapping[str, Tensor | None]
 
@@ -213,7 +213,9 @@ class Attention(nn.Module):
             overwrite(base, c["write"])
         if c["odd"] in ("base_first", "base_before"):
             metrics = {**metrics, "auto": x, "input": x}
-        elif c["odd"] in ("base_between", "base_clones"):
+        elif c["odd"] == "base_after" and c["alias"] in CUTS:
+            metrics = {**metrics, "auto": x.clone(), "input": x.clone()}
+        if c["odd"] in ("base_between", "base_clones"):
             self.between = lambda: overwrite(base, c["write"])
         q, k, v, rest = self.project(x, env)
         whole = {"q": q, "k": k, "v": v}

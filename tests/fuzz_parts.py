@@ -42,6 +42,10 @@ class Env:
     ids: Tensor | None
 
 
+CUTS = ("slice", "item", "unbind", "expand")
+"""Names that could show less, or more often: between them and a norm, the metric is the attention's input."""
+
+
 def renamed(t: Tensor, kind: str) -> Tensor:
     """The memory of ``t`` under another name; "contiguous" and "reshape" may copy instead."""
     match kind:

@@ -29,7 +29,8 @@ def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
         graph: with ``meta["val"]`` on every node.
         hint: ``(rows, columns)`` of the first input's tokens, where that is ``(B, rows * columns, C)``.
     """
-    layouts: dict[Node, Layout] = {}
+    found: dict[Node, Layout] = {}
+    layouts: dict[Node, Layout] = {}  # of what still is what it was
     packed, samples = packed_input(graph, hint), sample_inputs(graph)
     sampled = descendants(samples, graph)
     for node in graph.nodes:
@@ -45,8 +46,8 @@ def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
         elif any(source in layouts for source in node.all_input_nodes):
             layout = propagate(node, layouts)
         if layout is not None and not isinstance(layout, Refusal):
-            layouts[node] = layout
-    return layouts
+            found[node] = layouts[node] = layout
+    return found
 
 
 def sample_inputs(graph: Graph) -> Sequence[Node]:

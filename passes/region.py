@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from bigain_fx.passes.arguments import NORMS, SDPA
 from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, names, parts, shape_of
 from bigain_fx.passes.grid import CONVOLUTIONS, sample_inputs
-from bigain_fx.passes.memory import descendants, shown_by, written_by
+from bigain_fx.passes.memory import descendants, written_by
 from bigain_fx.passes.rules import from_elsewhere, lined_up, propagate
 
 _LAYERS = NORMS | CONVOLUTIONS | {aten.linear.default, aten.embedding.default, aten.conv1d.default, SDPA}
@@ -107,7 +107,8 @@ def grow(
         } | {
             node: f"is changed in place by {writer.name}"
             for node in nodes
-            if (writer := written_by(node)) and not _is_private(node, inside)
+            # What all tokens are given back to may change afterwards, but nothing that goes on with fewer may show it.
+            if (writer := written_by(node)) and any(user in inside for user in node.users)
         }  # fmt: skip
         if not bad:
             break
@@ -155,11 +156,6 @@ def _walk(
         for user in () if node in read else node.users:
             heappush(pending, user)
     return nodes, loose, stopped
-
-
-def _is_private(exit_: Node, inside: Set[Node]) -> bool:
-    """Whether what all tokens are given back to is the only thing that shows or reads its memory."""
-    return not shown_by(exit_) and not any(user in inside for user in exit_.users)
 
 
 def _can_exit(node: Node, layout: Layout, form: tuple[Dim, Dim]) -> bool:

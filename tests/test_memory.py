@@ -281,7 +281,7 @@ def test_a_stream_that_is_changed_before_the_plan_is_made() -> None:
 
 
 class Exit(Toy):
-    """What the attention gives back is changed under another name, before or after that is read again."""
+    """Some rows of what the attention gives back are changed before it is read, by this name or that."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -290,27 +290,19 @@ class Exit(Toy):
     def forward(self, image: Tensor) -> Tensor:
         h = self.tokens(image)
         base = self.branch(self.norm(h), h)
-        match self.kind:
-            case "base":
-                y = base[:]
-                base[:, :2].mul_(3)
-            case "view":
-                y = base
-                base[:, :2].mul_(3)
-            case "text":
-                y = base
-                base[:, 1:].split([2, N - 3], 1)[0].mul_(3)
+        y = base[:] if self.kind == "base" else base
+        base[:, :2].mul_(3)
+        y = y * torch.linspace(1, 2, C) if self.kind == "gated" else y
+        y = y.unsqueeze(0).squeeze(0) if self.kind == "view" else y
         return h + y
 
 
 @pytest.mark.parametrize("methods", [MERGE, KV], ids=["merge", "kv"])
-@pytest.mark.parametrize("kind", ["base", "view", "text"])
+@pytest.mark.parametrize("kind", ["itself", "base", "gated", "view"])
 def test_what_is_given_back_may_be_changed(kind: str, methods: Methods) -> None:
     toy, image = Exit(kind), toys.image()
-    rewritten, output, expected = run(toy, methods, image=image)
-    if rewritten.records[0].action == "kept":
-        torch.testing.assert_close(output, expected)
-        return
+    rewritten, output, _ = run(toy, methods, image=image)
+    assert rewritten.records[0].action != "kept"
     plans: list[oracle.Plan] = []
 
     def squeeze(x: Tensor, metric: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from bigain_fx.passes.axes import aten
 from bigain_fx.passes.errors import CaptureError, InputError, first_line
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
+from bigain_fx.passes.memory import roots, written
 from bigain_fx.quantized import plain_weights, put_back
 from bigain_fx.torch_internals import one_at_a_time
 
@@ -353,13 +354,7 @@ def _constant_written(graph: Graph, model: nn.Module) -> str | None:
     """The first operator that writes into a constant of ``graph`` that is no weight of ``model``, by name."""
     weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False))}
     for node in graph.nodes:
-        if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
-            continue
-        arguments = zip(node.target._schema.arguments, node.args, strict=False)
-        for written in [value for argument, value in arguments if argument.is_write and isinstance(value, Node)]:
-            base = written
-            while isinstance(base.target, OpOverload) and base.target.is_view:
-                base = base.args[0]  # type: ignore[assignment]
+        for base in [root for target in written(node) for root in roots(target)]:
             if base.op == "get_attr" and base.target not in weights:
                 return f"{node.target}, {base.target}"
     return None

@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bigain_fx.passes import ops
-from bigain_fx.passes.arguments import memory_of, mutates, shows_its_input
 from bigain_fx.passes.axes import aten
+from bigain_fx.passes.memory import roots, shown_by, written
 from bigain_fx.passes.ops import DECIDING
 from bigain_fx.passes.ops.kernels import switched_on
 from bigain_fx.passes.surgery import BRANCH
@@ -93,7 +93,7 @@ def _begins_inside(node: Node) -> bool:
     """Whether ``node``, or one of several results, is a view that begins inside the memory of what it is a view of."""
     if node.target is aten.clone.default:  # inductor leaves it out where it keeps the strides
         return _begins_inside(node.args[0])  # type: ignore[arg-type]
-    if not shows_its_input(node) or mutates(node):
+    if not shown_by(node) or written(node):
         return False
     results = pytree.tree_leaves(node.meta["val"])
     return any(isinstance(each, Tensor) and each.storage_offset() for each in results)
@@ -110,7 +110,7 @@ def _call_as_region(module: GraphModule, nodes: Sequence[Node], regions: dict[st
     inside, later = set(nodes), dict[Node, None]()
     node, last = nodes[0], nodes[-1]
     while node is not last:
-        if mutates(node):
+        if written(node):
             return
         node = node.next
         if node not in inside and any(source in inside or source in later for source in node.all_input_nodes):
@@ -119,7 +119,7 @@ def _call_as_region(module: GraphModule, nodes: Sequence[Node], regions: dict[st
     weights = [operator.attrgetter(str(node.target))(module) for node in inputs if node.op == "get_attr"]
     if any(source in later for source in inputs) or any(map(is_traceable_wrapper_subclass, weights)):
         return
-    memory = [memory_of(node) for node in (*inputs, *outputs)]
+    memory = [root for node in (*inputs, *outputs) for root in roots(node)]
     storages = [weight.untyped_storage()._cdata for weight in weights]
     if len(set(memory)) < len(memory) or len(set(storages)) < len(storages):
         return

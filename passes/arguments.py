@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch.fx import Node
@@ -31,45 +31,6 @@ POINTWISE = frozenset({
     aten.rsub.Scalar, aten.reciprocal.default, aten.abs.default, aten.softplus.default, aten.leaky_relu.default,
 })  # fmt: skip
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})
-
-
-def shows_its_input(node: Node) -> bool:
-    """Whether the memory of ``node`` may be that of its first input."""
-    if node.target is operator.getitem:
-        source: Any = node.args[0]
-        return shows_its_input(source) or not hasattr(source.target, "_schema")
-    if inactive_dropout(node):
-        return True
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None for result in schema.returns)
-
-
-def memory_of(node: Any) -> Node:
-    """What ``node`` may show the memory of, through any number of views."""
-    while shows_its_input(node):
-        node = node.args[0]
-    return node  # type: ignore[no-any-return]
-
-
-def aliases(node: Node) -> set[Node]:
-    """``node`` and all that may show its memory."""
-    pending, found = [node], {node}
-    while pending:
-        new = [user for user in pending.pop().users if shows_its_input(user) and user not in found]
-        pending.extend(new)
-        found.update(new)
-    return found
-
-
-def written_by(node: Node) -> Node | None:
-    """What changes ``node``, or the memory that it shows, in place; None if nothing does."""
-    return next((user for alias in aliases(node) for user in alias.users if mutates(user)), None)
-
-
-def mutates(node: Node) -> bool:
-    """Whether ``node`` changes memory in place."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 def mask_of(sdpa: Node) -> Node | None:
@@ -127,6 +88,11 @@ class ChannelParts:
 
     ranges: Mapping[Node, tuple[int, int]]
     carriers: tuple[Node, ...]
+
+    @property
+    def overlap(self) -> bool:
+        """Whether some channels are in more than one part."""
+        return any(first[1] > second[0] for first, second in pairwise(sorted(self.ranges.values())))
 
 
 def channel_parts(linear: Node, wanted: Set[Node] | None = None) -> ChannelParts:

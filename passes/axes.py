@@ -16,12 +16,11 @@ a :class:`Segment`::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 aten = torch.ops.aten
 
@@ -156,12 +155,3 @@ def regroup(layout: Layout, shape: tuple[int, ...]) -> Layout | None:
                 return None
         result.append(tuple(dim))
     return tuple(result)
-
-
-def descendants(nodes: Iterable[Node], graph: Graph) -> Set[Node]:
-    """``nodes`` and all that depends on them."""
-    found = set(nodes)
-    for node in graph.nodes:
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found

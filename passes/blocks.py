@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from bigain_fx.passes.arguments import written_by
 from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, named, names, parts
+from bigain_fx.passes.memory import aliases, written, written_by
 from bigain_fx.passes.region import Region, grow
 from bigain_fx.passes.rules import propagate
 from bigain_fx.passes.sites import AttentionSite, Surroundings
@@ -41,6 +41,9 @@ def _latest_attention(graph: Graph, attentions: Mapping[Node, Region]) -> dict[N
         if node in exits:
             latest[node] = exits[node]
             continue
+        for target in written(node):
+            for alias in aliases(target):
+                latest.pop(alias, None)
         above = {source: latest[source] for source in node.all_input_nodes if source in latest}
         if not above:
             continue
@@ -57,7 +60,7 @@ def _attention_region(site: AttentionSite, around: Surroundings) -> Region:
     starts = [user for user in site.x.users if user in inside or user.target is aten.linear.default]
     layouts = {site.x: site.layouts[site.x], site.sdpa: site.layouts[site.sdpa]}
     region = grow(starts, layouts, _form(site), around.learned, around.read)
-    whole = isinstance(region, Region) and site.sdpa in region.nodes and region.joins
+    whole = isinstance(region, Region) and site.sdpa in region.nodes and region.joins and not written_by(site.x)
     return region if whole else site.region  # type: ignore[return-value]
 
 

@@ -18,16 +18,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from bigain_fx.passes.arguments import (
-    CASTS,
-    VIEWS,
-    aliases,
-    cut_dim,
-    memory_of,
-    mutates,
-    slice_range,
-)
+from bigain_fx.passes.arguments import CASTS, VIEWS, cut_dim, slice_range
 from bigain_fx.passes.axes import aten, shape_of
+from bigain_fx.passes.memory import aliases, roots, written
 from bigain_fx.passes.surgery import Surgeon
 
 
@@ -85,21 +78,20 @@ def _is_alone(part: Node, copy: Node) -> bool:
 
 def _names_read_after(write: Node) -> set[Any]:
     """What shows, under an older name, the memory that ``write`` changes, and is read later; unknown of an input's."""
-    root = memory_of(write.args[0])
-    if root.op != "call_function":
+    target: Any = write.args[0]
+    if any(root.op != "call_function" for root in roots(target)):
         return {None}
-    older = {alias for alias in aliases(root) if alias < write}
+    older = {alias for alias in aliases(target) if alias < write}
     return {alias for alias in older if any(user > write for user in alias.users)}
 
 
 def _share_views(surgeon: Surgeon) -> None:
-    """Read the first of several equal views or casts, unless somebody writes into what they show."""
+    """Read the first of several equal views or casts, unless somebody writes into what they show or are made of."""
     first: dict[str, Node] = {}
-    writes = [node for node in surgeon.graph.nodes if mutates(node)]
-    written = {memory_of(source) for write in writes for source in write.all_input_nodes}
+    changing = {alias for node in surgeon.graph.nodes for target in written(node) for alias in aliases(target)}
     for node in [node for node in surgeon.graph.nodes if node.target in _SHARED]:
         same = first.setdefault(str((node.target, node.args, node.kwargs)), node)
-        if same is not node and memory_of(node) not in written:
+        if same is not node and not changing & {same, node, *node.all_input_nodes}:
             node.replace_all_uses_with(same)
             surgeon.graph.erase_node(node)
 

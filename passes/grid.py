@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from torch.fx import Graph, Node
 
 from bigain_fx.passes.arguments import SDPA
-from bigain_fx.passes.axes import Axis, Layout, Refusal, aten, descendants, named, names, parts, shape_of
+from bigain_fx.passes.axes import Axis, Layout, Refusal, aten, named, names, parts, shape_of
 from bigain_fx.passes.errors import GridError
-from bigain_fx.passes.rules import propagate
+from bigain_fx.passes.memory import descendants
+from bigain_fx.passes.rules import forget, propagate
 
 FRAMES, ROWS, COLUMNS = "frames", "rows", "columns"
 Grid = tuple[int, int]
@@ -28,10 +29,12 @@ def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
         graph: with ``meta["val"]`` on every node.
         hint: ``(rows, columns)`` of the first input's tokens, where that is ``(B, rows * columns, C)``.
     """
-    layouts: dict[Node, Layout] = {}
+    found: dict[Node, Layout] = {}
+    layouts: dict[Node, Layout] = {}  # of what still is what it was
     packed, samples = packed_input(graph, hint), sample_inputs(graph)
     sampled = descendants(samples, graph)
     for node in graph.nodes:
+        forget(node, layouts)
         shape = shape_of(node)
         layout: Layout | Refusal | None = None
         if node is packed and hint:
@@ -43,8 +46,8 @@ def image_layouts(graph: Graph, hint: Grid | None = None) -> dict[Node, Layout]:
         elif any(source in layouts for source in node.all_input_nodes):
             layout = propagate(node, layouts)
         if layout is not None and not isinstance(layout, Refusal):
-            layouts[node] = layout
-    return layouts
+            found[node] = layouts[node] = layout
+    return found
 
 
 def sample_inputs(graph: Graph) -> Sequence[Node]:

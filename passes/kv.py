@@ -16,13 +16,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from bigain_fx.passes.arguments import mask_of
 from bigain_fx.passes.axes import aten, shape_of
 from bigain_fx.passes.errors import RewriteError
 from bigain_fx.passes.fewer import Fewer, image_rows
 from bigain_fx.passes.fused import separated
+from bigain_fx.passes.memory import written_by
 from bigain_fx.passes.methods import KVMethod, LinearAlpha
 from bigain_fx.passes.ops import downsampled_grid, nearest_tokens
 from bigain_fx.passes.sites import AttentionSite
@@ -34,7 +35,12 @@ TIMESTEP_INPUTS = ("timestep", "timesteps", "t")
 
 def refuse(site: AttentionSite, method: KVMethod) -> str | None:
     """Why ``method`` does nothing at ``site``, or None."""
-    return "its image is one token" if site.tokens == 1 else None
+    if site.tokens == 1:
+        return "its image is one token"
+    timestep = _timestep_input(site.sdpa.graph) if isinstance(method.alpha, LinearAlpha) else None
+    if timestep and (writer := written_by(timestep, site.x)):
+        return f"alpha: {timestep.name} is changed in place by {writer.name}"
+    return None
 
 
 def tokens_after(site: AttentionSite, method: KVMethod) -> int:
@@ -81,11 +87,11 @@ def _beside(surgeon: Surgeon, site: AttentionSite, image: Node) -> Node:
 
 
 def _timestep(surgeon: Surgeon, site: AttentionSite, alpha: LinearAlpha) -> Node:
-    inputs: dict[str, Node] = {node.target: node for node in surgeon.graph.nodes if node.op == "placeholder"}
-    found = next((inputs[name] for name in TIMESTEP_INPUTS if name in inputs), None)
+    found = _timestep_input(surgeon.graph)
     if found is None:
+        inputs = sorted(str(node.target) for node in surgeon.graph.find_nodes(op="placeholder"))
         raise RewriteError(
-            f"alpha={alpha!r} needs the timestep, but none of the model's inputs {sorted(inputs)} is called "
+            f"alpha={alpha!r} needs the timestep, but none of the model's inputs {inputs} is called "
             f"{' or '.join(TIMESTEP_INPUTS)}; use a constant alpha"
         )
     if math.prod(shape_of(found)) not in (1, site.batch) or len(shape_of(found)) > 1:
@@ -94,3 +100,8 @@ def _timestep(surgeon: Surgeon, site: AttentionSite, alpha: LinearAlpha) -> Node
             f"input {found.target!r} has shape {shape_of(found)}"
         )
     return found
+
+
+def _timestep_input(graph: Graph) -> Node | None:
+    inputs = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    return next((inputs[name] for name in TIMESTEP_INPUTS if name in inputs), None)

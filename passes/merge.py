@@ -82,7 +82,9 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
         known = {source: merged}
         fewer.replay(region.nodes, known)
         if method.proportional and site.sdpa in known and site.paths["k"]:
-            _weigh(surgeon, known[site.sdpa], groups, before + left + after)
+            first, _, last = parts(region.layouts[site.sdpa.args[1]][-2])  # type: ignore[index]
+            keys = among_all(surgeon, assign, first, last, left)
+            _weigh(surgeon, known[site.sdpa], keys, first + left + last)
         for node in known.values():
             node.meta[BRANCH] = merged.name
         for node in region.loose:
@@ -103,7 +105,8 @@ def _weigh(surgeon: Surgeon, sdpa: Node, groups: Node, count: int) -> None:
 
     sizes = surgeon.once(("sizes", groups), groups, logarithms)
     with surgeon.graph.inserting_before(sdpa):
-        mask = surgeon.emit(aten.reshape.default, (sizes, [shape_of(groups)[0], 1, 1, count]), like=sdpa)
+        shape = [shape_of(groups)[0], *[1] * (len(shape_of(sdpa)) - 2), count]
+        mask = surgeon.emit(aten.reshape.default, (sizes, shape), like=sdpa)
         mask = surgeon.emit(aten.to.dtype, (mask, sdpa.meta["val"].dtype), like=sdpa)
     sdpa.args = (*sdpa.args[:3], mask, *sdpa.args[4:])
     sdpa.kwargs = {name: value for name, value in sdpa.kwargs.items() if name != "attn_mask"}

@@ -9,9 +9,10 @@ from heapq import heappop, heappush
 import torch
 from torch.fx import Graph, Node
 
-from bigain_fx.passes.arguments import NORMS, SDPA, shows_its_input, written_by
-from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, descendants, names, parts, shape_of
+from bigain_fx.passes.arguments import NORMS, SDPA
+from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, names, parts, shape_of
 from bigain_fx.passes.grid import CONVOLUTIONS, sample_inputs
+from bigain_fx.passes.memory import descendants, written_by
 from bigain_fx.passes.rules import from_elsewhere, lined_up, propagate
 
 _LAYERS = NORMS | CONVOLUTIONS | {aten.linear.default, aten.embedding.default, aten.conv1d.default, SDPA}
@@ -59,7 +60,7 @@ def check_company(node: Node, layout: Layout, layouts: Mapping[Node, Layout], le
     """Why what ``node`` meets from elsewhere, with a value for every token, cannot follow a change of the tokens."""
     beside = lined_up(node, layout, layouts)
     for operand, dims in from_elsewhere(node, layout, layouts).items():
-        if writer := written_by(operand):
+        if writer := written_by(operand, node):
             return Refusal(f"meets {operand.name}, which {writer.name} changes in place", node.name)
         if operand in learned:
             return Refusal(f"meets {operand.name}, which has a value for every token", node.name)
@@ -106,7 +107,8 @@ def grow(
         } | {
             node: f"is changed in place by {writer.name}"
             for node in nodes
-            if (writer := written_by(node)) and not _is_private(node, inside)
+            # What all tokens are given back to may change afterwards, but nothing that goes on with fewer may show it.
+            if (writer := written_by(node)) and any(user in inside for user in node.users)
         }  # fmt: skip
         if not bad:
             break
@@ -154,11 +156,6 @@ def _walk(
         for user in () if node in read else node.users:
             heappush(pending, user)
     return nodes, loose, stopped
-
-
-def _is_private(exit_: Node, inside: Set[Node]) -> bool:
-    """Whether what all tokens are given back to is the only thing that shows or reads its memory."""
-    return not shows_its_input(exit_) and not any(user in inside for user in exit_.users)
 
 
 def _can_exit(node: Node, layout: Layout, form: tuple[Dim, Dim]) -> bool:

@@ -38,9 +38,15 @@ from bigain_fx.passes.axes import (
     segment,
     shape_of,
 )
+from bigain_fx.passes.memory import aliases, written
 
 Layouts = Mapping[Node, Layout]
 _JOINS = POINTWISE | CONCATENATIONS | {aten.stack.default, aten.pad_sequence.default}
+_PLACE_BY_PLACE = frozenset(
+    getattr(packet, op._overloadname)
+    for op in POINTWISE
+    if (packet := getattr(aten, f"{op.overloadpacket.__name__}_", None)) and op._overloadname in packet.overloads()
+) | {aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default}
 Rule = Callable[[Node, Layouts], Layout | Refusal]
 
 
@@ -56,6 +62,16 @@ def propagate(node: Node, layouts: Layouts) -> Layout | Refusal:
     if node.args[0] not in layouts and node.target not in _JOINS:
         return Refusal("reads its tokens from elsewhere", node.name)
     return rule(node, layouts)
+
+
+def forget(node: Node, layouts: dict[Node, Layout]) -> None:
+    """Drop from ``layouts`` what ``node`` overwrites, unless each token is changed where it lies."""
+    for target in written(node):
+        others = [source for source in node.all_input_nodes if source is not target and source in layouts]
+        in_order = not others or _pointwise(node, layouts) == layouts.get(target)
+        if node.target not in _PLACE_BY_PLACE or not in_order:
+            for alias in aliases(target):
+                layouts.pop(alias, None)
 
 
 def lined_up(node: Node, layout: Layout, layouts: Layouts) -> Layout:

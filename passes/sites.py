@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
 
-from bigain_fx.passes.arguments import SDPA, channel_parts, mask_of, written_by
+from bigain_fx.passes.arguments import SDPA, channel_parts, mask_of
 from bigain_fx.passes.axes import (
     BATCH,
     TOKENS,
     Layout,
     Refusal,
     aten,
-    descendants,
     named,
     names,
     parts,
@@ -28,6 +27,7 @@ from bigain_fx.passes.axes import (
     shape_of,
 )
 from bigain_fx.passes.grid import Grid, grid_from_hint, image_layouts, packed_input, placed, sample_inputs, why_unplaced
+from bigain_fx.passes.memory import aliases, descendants, written_by
 from bigain_fx.passes.metric import Metric, stream, without_casts
 from bigain_fx.passes.region import Region, check_company, features, grow, step
 
@@ -157,11 +157,11 @@ class _Place:
 
     @property
     def direct(self) -> Metric | None:
-        return _shaped(stream(self.x), shape_of(self.x))
+        return _checked(stream(self.x), self.x)
 
     @property
     def above(self) -> Metric | None:
-        return _shaped(stream(self.x, modulated=True), shape_of(self.x))
+        return _checked(stream(self.x, modulated=True), self.x)
 
 
 def _match(sdpa: Node, place: _Place, around: Surroundings) -> AttentionSite | Refusal:
@@ -194,13 +194,19 @@ def _match(sdpa: Node, place: _Place, around: Surroundings) -> AttentionSite | R
     if isinstance(output, Refusal):
         return output
     known = inside | {sdpa, *output.nodes}
-    carriers = {node for linear in inside for node in channel_parts(linear).carriers}
+    cuts = {linear: channel_parts(linear) for linear in inside}
+    carriers = {
+        node for linear, cut in cuts.items() if not (cut.overlap and written_by(linear)) for node in cut.carriers
+    }
     for node in inside - carriers:
         outside = [user for user in node.users if user not in known]
         if outside:
             return Refusal(f"{node.name} is also read outside the attention, by {outside[0].name}", node.name)
-    for node in (x, *(metric.source for metric in (place.direct, place.above) if metric)):
-        if (changed := written_by(node)) and (node is x or changed < x):
+    # The rewritten graph reads right behind x what the projections read later, and the norm before.
+    last = max(user for alias in aliases(x) & {x, *inside} for user in alias.users if user in inside)
+    sources = [metric.source for metric in (place.direct, place.above) if metric]
+    for node, until in ((x, last), *((source, x) for source in sources)):
+        if changed := written_by(node, until):
             return Refusal(f"{node.name} is changed in place by {changed.name}", node.name)
     return AttentionSite(
         module_name(sdpa), sdpa, x, before, after, place.grid, place.direct, place.above, paths, carriers, output, (),
@@ -244,10 +250,13 @@ def _place(sdpa: Node, around: Surroundings, hint: Grid | None) -> _Place | Refu
     return _Place(x, grid, 0, 0)
 
 
-def _shaped(metric: Metric | None, shape: tuple[int, ...]) -> Metric | None:
-    """``metric`` if it has the rows of ``x``."""
-    seen = None if metric is None else (metric.views[-1] if metric.views else metric.source)
-    return metric if seen is not None and shape_of(seen)[:2] == shape[:2] and len(shape_of(seen)) == 3 else None
+def _checked(metric: Metric | None, x: Node) -> Metric | None:
+    """``metric`` if it has the rows of ``x``, and nothing between them is changed in place."""
+    if metric is None:
+        return None
+    seen = metric.views[-1] if metric.views else metric.source
+    fits = shape_of(seen)[:2] == shape_of(x)[:2] and len(shape_of(seen)) == 3
+    return metric if fits and not any(written_by(node, x) for node in _between(metric.source, x)) else None
 
 
 def _check_attention(sdpa: Node) -> Refusal | None:

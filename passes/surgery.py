@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from bigain_fx.passes.axes import aten
+from bigain_fx.passes.memory import written
 
 Made = TypeVar("Made")
 BRANCH = "bigain_branch"
@@ -129,7 +130,9 @@ class Surgeon:
         for node in self.graph.nodes:
             if node.target is aten._assert_tensor_metadata.default:
                 self.graph.erase_node(node)
-        self.graph.eliminate_dead_code(lambda node: node.is_impure() and node.target not in _DROPPABLE)
+        self.graph.eliminate_dead_code(
+            lambda node: (node.is_impure() and node.target not in _DROPPABLE) or bool(written(node))
+        )
 
     def finish(self) -> GraphModule:
         """Clean up, check the graph, and generate its code."""

@@ -1,15 +1,16 @@
 """The check of the fuzz test: rewriting a random denoiser is refused, or equal to an oracle.
 
 The oracle is put in by hand at each attention that was rewritten, and works at full length (``docs/operators.md``): the
-rows of representatives are replaced by the means of their groups, keys are restricted to representatives and text, and
-every token's row of the output is that of its representative. ``python -m tests.fuzz SEED`` prints one case,
-``python -m tests.fuzz FIRST-LAST`` those that fail.
+rows of representatives are replaced by what their groups become, keys are restricted to representatives and text, and
+every token's row of the output is that of its representative, or a blend of three.
+``python -m tests.fuzz SEED`` prints one case, ``python -m tests.fuzz FIRST-LAST`` those that fail, and a count.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,8 @@ class Naive:
     start: int
     timestep: Tensor | None
     plan: oracle.Plan | None = None
+    merge: Any = None  # the method that made the plan
+    back: Tensor | None = None  # (B, N, M), what each token takes of the groups
     nearest: list[int] | None = None
     margin: float = math.inf
 
@@ -55,11 +58,13 @@ class Naive:
                 metric = metric[:, rows]
                 if method.align == "batch":
                     metric = metric.transpose(0, 1).reshape(1, math.prod(grid), -1)
-                merged = oracle.merged_count(grid, method.cell, method.ratio)
-                positions = oracle.top_left(grid, method.cell) if isinstance(method, bgx.ToMe) else None
-                plan = oracle.merge_plan(metric, grid, method.cell, merged, positions)
+                plan, self.margin = planned(metric, grid, method)
                 self.plan = oracle.Plan(plan.assign.expand(len(x), -1), plan.rep.expand(len(x), -1))
-                self.margin = margin(metric, grid, method.cell, merged, positions)
+                groups = torch.eye(self.plan.rep.shape[1]).expand(len(x), -1, -1)
+                self.merge, self.back = method, oracle.unmerge(groups, self.plan)
+                if method.unmerge == "blend":
+                    self.back = oracle.blend(groups, metric.expand(len(x), -1, -1), self.plan)
+                    self.margin = min(self.margin, blend_margin(metric, plan))
                 queries = self.squeeze(x)
             elif method.kind == KV and KV in self.record.action:
                 alpha: Any = method.alpha
@@ -74,19 +79,26 @@ class Naive:
 
     @property
     def block(self) -> bool:
-        return self.plan is not None and any(getattr(method, "scope", "") == "block" for method in self.methods)
+        return self.plan is not None and self.merge.scope == "block"
 
     def squeeze(self, x: Tensor) -> Tensor:
         assert self.plan is not None
         image = x[:, self.start : self.start + self.plan.assign.shape[1]]
-        return replaced(x, self.plan.rep + self.start, oracle.merge(image, self.plan))
+        reduce = {"mean": oracle.merge, "mlerp": oracle.mlerp, "prune": oracle.prune}[self.merge.reduce]
+        return replaced(x, self.plan.rep + self.start, reduce(image, self.plan))
 
     def spread(self, y: Tensor) -> Tensor:
         assert self.plan is not None
-        rows = torch.arange(y.shape[1]).repeat(len(y), 1)
-        image = slice(self.start, self.start + self.plan.assign.shape[1])
-        rows[:, image] = self.start + self.plan.rep.gather(1, self.plan.assign)
-        return y.gather(1, rows[..., None].expand(-1, -1, y.shape[-1]))
+        at = self.start + torch.arange(self.plan.assign.shape[1])
+        return torch.stack([self.given_back(rows, at, sample) for sample, rows in enumerate(y)])
+
+    def given_back(self, rows: Tensor, at: Tensor, sample: int) -> Tensor:
+        """``rows`` (..., S, C) where those of the image, ``at``, are made from those of the representatives."""
+        assert self.plan is not None
+        assert self.back is not None
+        result = rows.clone()
+        result[..., at, :] = self.back[sample].to(rows.dtype) @ rows[..., at[self.plan.rep[sample]], :]
+        return result
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, at: tuple[Tensor, Tensor, Tensor],
@@ -107,10 +119,11 @@ class Naive:
             kept = self.nearest if self.nearest is not None else self.plan.rep[sample].tolist()  # type: ignore[union-attr]
             dropped = sorted(set(range(len(at_k))) - set(kept))
             scores[lead][..., at_k[dropped]] = -math.inf
+            if self.plan is not None and self.nearest is None and self.merge.proportional:
+                scores[lead][..., at_k[kept]] += oracle.group_sizes(self.plan)[sample].log().to(scores.dtype)
             result[lead] = scores[lead].softmax(-1).nan_to_num(0) @ v.expand(*k.shape[:-1], -1)[lead]
-            if self.plan is not None:
-                leader = self.plan.rep[sample][self.plan.assign[sample]]
-                result[lead][..., at_q, :] = result[lead][..., at_q[leader], :]
+            if self.plan is not None and not self.block:
+                result[lead] = self.given_back(result[lead], at_q, sample)
         return result
 
 
@@ -119,7 +132,36 @@ def replaced(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return x.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), rows)
 
 
-def margin(metric: Tensor, grid: Pair, cell: Pair, merged: int, positions: Sequence[int] | None) -> float:
+def planned(metric: Tensor, grid: Pair, method: Any) -> tuple[oracle.Plan, float]:
+    """The plan of ``method``, and how far it is from another one."""
+    cells = oracle.cell_tokens(grid, method.cell)
+    if isinstance(method, bgx.BlockPool):
+        pooled = folded(method, grid) // (math.prod(method.cell) - 1)
+        worst = [sorted(float(row[tokens].max()) for tokens in cells) for row in oracle.laplacian_score(metric, grid)]
+        gaps = [(row[pooled] - row[pooled - 1]) / max(row[pooled], 1e-9) for row in worst if pooled < len(row)]
+        return oracle.pool_plan(metric, grid, method.cell, pooled), min(gaps, default=math.inf)
+    merged, window = folded(method, grid), oracle.window_sides(grid, method.cell, method.window)
+    positions = oracle.top_left(grid, method.cell) if isinstance(method, bgx.ToMe) else None
+    plan = oracle.merge_plan(metric, grid, method.cell, merged, positions, window)
+    return plan, margin(metric, grid, method.cell, merged, positions, window)
+
+
+def folded(method: Any, grid: Pair) -> int:
+    """How many tokens merge away."""
+    if not isinstance(method, bgx.BlockPool):
+        return oracle.merged_count(grid, method.cell, method.ratio)
+    each = math.prod(method.cell) - 1
+    return min(int(math.prod(grid) * method.ratio) // each, len(oracle.cell_tokens(grid, method.cell))) * each
+
+
+def blend_margin(metric: Tensor, plan: oracle.Plan) -> float:
+    """The least gap, over all tokens, between the third group that is most similar and the fourth."""
+    unit, means = (torch.nn.functional.normalize(t.double(), dim=-1) for t in (metric, oracle.merge(metric, plan)))
+    best = (unit @ means.mT).sort(-1, descending=True).values
+    return float((best[..., 2] - best[..., 3]).min()) if best.shape[-1] > 3 else math.inf
+
+
+def margin(metric: Tensor, grid: Pair, cell: Pair, merged: int, positions: Sequence[int] | None, window: Pair) -> float:
     """How far the plan is from another one: the least gap between what was chosen and what was next."""
     gaps = [math.inf]
     score = oracle.laplacian_score(metric, grid)
@@ -130,13 +172,15 @@ def margin(metric: Tensor, grid: Pair, cell: Pair, merged: int, positions: Seque
             for tokens in oracle.cell_tokens(grid, cell):
                 low, high = row[tokens].sort().values[:2].tolist()
                 gaps.append((high - low) / max(high, 1e-9))
-        sources = sorted(set(range(metric.shape[1])) - set(chosen[b]))
-        ranked = (unit[b, sources] @ unit[b, chosen[b]].T).sort(1, descending=True).values
-        order = ranked[:, 0].sort(descending=True)
-        if ranked.shape[1] > 1:
-            gaps += (ranked[:, 0] - ranked[:, 1])[order.indices[:merged]].tolist()
-        if merged < len(sources):
-            gaps.append(float(order.values[merged - 1] - order.values[merged]))
+        found: list[tuple[float, float]] = []  # of each source: its best similarity, and how far the next one is
+        for tokens in oracle.cell_tokens(grid, window):
+            sources, leaders = sorted(set(tokens) - set(chosen[b])), sorted(set(tokens) & set(chosen[b]))
+            for similar in (unit[b, sources] @ unit[b, leaders].T).sort(1, descending=True).values.tolist():
+                found.append((similar[0], similar[0] - similar[1] if len(similar) > 1 else math.inf))
+        found.sort(reverse=True)
+        gaps += [gap for _, gap in found[:merged]]
+        if merged < len(found):
+            gaps.append(found[merged - 1][0] - found[merged][0])
     return min(gaps)
 
 
@@ -200,7 +244,11 @@ def check(seed: int) -> Outcome:
         outcome.tied = True
         return outcome
     with torch.no_grad():
-        got = runs(*(tensor.clone() for tensor in flat_tensors(arguments)))
+        try:
+            got = runs(*(tensor.clone() for tensor in flat_tensors(arguments)))
+        except Exception as error:
+            outcome.problems.append(f"it does not run: {type(error).__name__}: {error}")
+            return outcome
         dense = model(**{name: tensor.clone() for name, tensor in arguments.items()})
     outcome.error = distance(got, expected)
     outcome.change = distance(dense, expected)
@@ -257,7 +305,7 @@ def judge(case: Case, records: Sequence[SiteRecord]) -> list[str]:
         if action != "kept" and record.grid != grid:
             problems.append(f"{record.name}: grid {record.grid}, not {grid}")
         fitting = {m.kind for m in case.methods if fits(m, grid, math.prod(grid) == finest)}
-        sure = {m.kind for m in case.methods if getattr(m, "metric", "") != "stream" or case.stream(record.name)}
+        sure = {m.kind for m in case.methods if case.sure(m, record.name)}
         done = set(action.split("+")) - {"kept"}
         if verdict == MUST and not done >= fitting & sure:
             problems.append(f"{record.name} must have {sorted(fitting & sure)}, but is {action!r}: {record.reason}")
@@ -272,19 +320,22 @@ def fits(method: Any, grid: Pair, finest: bool) -> bool:
         return False
     if method.kind == KV:
         return True
-    return bool(oracle.cell_tokens(grid, method.cell)) and oracle.merged_count(grid, method.cell, method.ratio) > 0
+    return bool(oracle.cell_tokens(grid, method.cell)) and folded(method, grid) > 0
 
 
 def main(arguments: Sequence[str], say: Callable[[str], object] = print) -> int:
-    """Print the cases of the given seeds, ``SEED`` or ``FIRST-LAST``; the number of those that fail."""
-    failed = 0
+    """Print the cases of the given seeds, ``SEED`` or ``FIRST-LAST``, and a count; the number of those that fail."""
+    failed, words = 0, Counter[str]()
     for argument in arguments:
         first, _, last = argument.partition("-")
         for seed in range(int(first), int(last or first) + 1):
             outcome = check(seed)
             failed += bool(outcome.problems)
+            words[outcome.word] += 1
             if not last or outcome.problems:
                 say(str(outcome))
+            if last and (seed % 100 == 99 or seed == int(last)):
+                say(f"up to seed {seed}: {', '.join(f'{count} {word}' for word, count in sorted(words.items()))}")
     return failed
 
 

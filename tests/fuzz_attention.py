@@ -6,14 +6,14 @@ it, and lets the oracle attend: at full length, so that positions, masks and ord
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fuzz_parts import Choices, CrossAttention, Env, HeadNorm, Rotary, Sizes
+from tests.fuzz_parts import CUTS, Choices, CrossAttention, Env, HeadNorm, Rotary, Sizes, overwrite, renamed
 
 Metrics = Mapping[str, Tensor | None]
 
@@ -48,6 +48,7 @@ class Attention(nn.Module):
         self.c, self.sizes = c, sizes
         self.oracles: list[Oracle | None] = []  # one for each call to come
         self.used: Oracle | None = None  # by the last call, where the oracle is for the whole block
+        self.between: Callable[[], None] = lambda: None  # what happens after queries, before keys and values
         width, heads, dim = sizes.width, sizes.heads, sizes.dim
         self.groups = {"none": heads, "broadcast": 1}.get(c["gqa"], heads // 2)
         inner, small, bias = heads * dim, self.groups * dim, c["bias"] == "yes"
@@ -110,10 +111,12 @@ class Attention(nn.Module):
         c, (b, n, _), dim = self.c, x.shape, self.sizes.dim
         rest: Tensor | None = None
         match c["projection"]:
-            case "separate":
-                q, k, v = self.q(x), self.k(x), self.v(x)
-            case "lora":
-                q, k, v = self.q(x) + 0.5 * self.up(self.down(x)), self.k(x), self.v(x)
+            case "separate" | "lora":
+                first = x.clone() if c["odd"] == "base_clones" else x
+                q = self.q(first) + 0.5 * self.up(self.down(first)) if c["projection"] == "lora" else self.q(first)
+                self.between()
+                x = x.clone() if c["odd"] == "base_clones" else x
+                k, v = self.k(x), self.v(x)
             case "tied_qk":
                 q, v = self.q(x), self.v(x)
                 k = q
@@ -199,6 +202,21 @@ class Attention(nn.Module):
         """The branch's output for ``x`` (B, S, C), and for the context ``y`` (B, T, C) of joint attention."""
         c, rows = self.c, 2 if self.early else 1
         oracle = self.oracles.pop(0) if self.oracles else None
+        base = x
+        match c["odd"]:
+            case "base_first":
+                overwrite(base, c["write"])
+                x = renamed(base, c["alias"])
+            case "base_before" | "base_after" | "base_between" | "base_clones":
+                x = renamed(base, c["alias"])
+        if c["odd"] == "base_before":
+            overwrite(base, c["write"])
+        if c["odd"] in ("base_first", "base_before"):
+            metrics = {**metrics, "auto": x, "input": x}
+        elif c["odd"] == "base_after" and c["alias"] in CUTS:
+            metrics = {**metrics, "auto": x.clone(), "input": x.clone()}
+        if c["odd"] in ("base_between", "base_clones"):
+            self.between = lambda: overwrite(base, c["write"])
         q, k, v, rest = self.project(x, env)
         whole = {"q": q, "k": k, "v": v}
         if oracle is not None:
@@ -212,9 +230,13 @@ class Attention(nn.Module):
                 x.mul_(0.5)
             case "inplace_x_view":
                 x.unsqueeze(0).mul_(0.5)
-            case "inplace_q":
+            case "base_after":
+                overwrite(base, c["write"])
+            case "inplace_q" | "base_q":
+                other = renamed(q, c["alias"])
                 for t in {id(t): t for t in (q, whole["q"])}.values():
-                    t.mul_(0.5)
+                    overwrite(t, "mul" if c["odd"] == "inplace_q" else c["write"])
+                q = q if c["odd"] == "inplace_q" else other
         if y is not None:
             text_q, text_k, text_v = self.context(y)
             q = self.join(q, text_q, False) if c["kind"] == "joint" else q
@@ -260,6 +282,10 @@ class Attention(nn.Module):
         elif c["gqa"] == "flag":
             options["enable_gqa"] = True
         if (mask := self.mask(env)) is not None:
+            if c["odd"] == "base_mask":
+                base = mask.clone()
+                mask = renamed(base, c["alias"])
+                overwrite(base, c["write"])
             options["attn_mask"] = mask
         if c["mask"] == "causal":
             options["is_causal"] = True
@@ -313,6 +339,9 @@ class Attention(nn.Module):
             o = o + self.cross(whole["q"] if self.early else whole["q"].transpose(1, 2), text, project=False)
         if c["odd"] == "inplace_o":
             o.mul_(0.5)
+        elif c["odd"] == "base_o":
+            base, o = o, renamed(o, c["alias"])
+            overwrite(base, c["write"])
         out = self.out(torch.cat([o, F.gelu(rest)], -1) if c["projection"] == "mlp" else o)  # type: ignore[arg-type]
         if c["dropout"] == "yes":
             out = self.drop(out)
@@ -330,6 +359,9 @@ class Attention(nn.Module):
             out.mul_(0.5)
         elif c["odd"] == "inplace_row":
             out[:, :1].mul_(0.5)
+        elif c["odd"] == "base_out":
+            base, out = out, renamed(out, c["alias"])
+            overwrite(base, c["write"])
         if c["reads"] == "x_direct":
             out = out + x
         elif c["reads"] not in ("none", "v_direct"):

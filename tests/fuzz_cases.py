@@ -56,16 +56,26 @@ OPTIONS: dict[str, dict[str, str]] = {
             "inplace_out": MAY, "inplace_row": MAY, "positions": MUST, "conv_v": MAY, "lepe": MAY, "flip": MAY,
             "transposed": MAY, "flip_kv": MAY, "keys_other_way": MAY, "misaligned": NEVER, "flip_k": NEVER,
             "roll_q": NEVER, "roll": NEVER, "windows": NEVER, "windows_rows": NEVER, "across_batch": NEVER,
-            "joined_batch": NEVER, "drop": NEVER, "append": MAY},
+            "joined_batch": NEVER, "drop": NEVER, "append": MAY,
+            # A write through one name of a memory that is read under another: before, between and after the
+            # projections of x, or into what is read for the metric, the mask, the rotary angles and the like.
+            "base_first": MAY, "base_before": MAY, "base_between": NEVER, "base_clones": NEVER, "base_after": MAY,
+            "base_above": MAY, "base_mask": MAY, "base_table": MAY, "base_q": MAY, "base_o": MAY, "base_out": MAY,
+            "base_h": MAY},
+    "alias": dict.fromkeys(("view", "slice", "detach", "item", "unbind", "squeeze", "transpose", "expand", "type_as",
+                            "contiguous", "reshape"), MUST),
+    "write": dict.fromkeys(("mul", "tanh", "copy", "rows", "channels", "out"), MUST),
 }  # fmt: skip
+BASES = [odd for odd in OPTIONS["odd"] if odd.startswith("base_")]
 NAMES = {"refiner": NEVER, "cross": NEVER, "attn2": MUST}  # among text tokens, from image to text, beside the first
 LOCAL = ("windows", "windows_rows", "across_batch", "joined_batch", "drop", "append")
 # An attention after one of the former, up to one of the latter, may be refused: its grid is lost.
-GRID_LOST, GRID_FOUND = {"down_pool", "pad", "reference", "inplace_residual", *LOCAL}, {"conv", "down_conv"}
+GRID_LOST = {"down_pool", "pad", "reference", "inplace_residual", "replaced", *LOCAL}
+GRID_FOUND = {"conv", "down_conv"}
 COMMON = {
     "norm": 0.7, "projection": 0.6, "qk_norm": 0.5, "layout": 0.6, "modulation": 0.4, "bias": 0.3, "order": 0.5,
     "table": 0.8, "rotary_at": 0.7, "pooled": 0.5, "norm_cast": 0.3, "mlp": 0.5, "rotary": 0.35, "mask": 0.2,
-    "gate": 0.3,
+    "gate": 0.3, "alias": 0.9, "write": 0.6,
 }  # fmt: skip
 """How often a choice is not the plain one; choices that are not here follow the model's own spice."""
 RARE = {"unit", "tied_qk", "tied_kv", "head_major"}
@@ -103,13 +113,23 @@ class Case:
         steps: list[str] = []
         before = self.design.blocks[: index + 1] if self.design.repeat == 1 else self.design.blocks
         for block, between in zip(before, self.design.between, strict=False):
+            replaced = block["odd"] in BASES and block["write"] in ("copy", "out")
             steps += [between, self.design.text_source if block["kind"] == "shared" else "", block["odd"]]
+            steps += ["replaced"] * replaced
         known = [step in GRID_FOUND for step in steps if step in GRID_LOST | GRID_FOUND]
         if self.design.text_source == "reference" and c["kind"] != "image":
             verdicts.add(MAY)
         if not all(known[-1:] if self.design.repeat == 1 else known):
             verdicts.add(MAY)
         return next(verdict for verdict in (NEVER, MAY, MUST) if verdict in verdicts)
+
+    def sure(self, method: Any, name: str) -> bool:
+        """Whether nothing that ``method`` needs could be missing at the attention of module ``name``."""
+        c = self.design.blocks[int(name.split(".")[1])]
+        weighed = c["mask"] == "none" and c["layout"] not in ("flat", "head_major")
+        if getattr(method, "proportional", False) and not weighed and name.endswith(".attn"):
+            return False
+        return getattr(method, "metric", "") != "stream" or bool(self.stream(name))
 
     def stream(self, name: str) -> bool | None:
         """Whether there is a norm above what the attention reads, for ``metric="stream"``; None if that may depend."""
@@ -167,6 +187,8 @@ def draw_block(rng: random.Random, design: Design, index: int, spice: float) -> 
         c[name] = rng.choice(common) if rng.random() < COMMON.get(name, spice) else plain
     if design.text:
         c["kind"] = rng.choice(["image", "joint", "shared", "added"])
+    if c["odd"] == "none" and rng.random() < 0.15:
+        c["odd"] = rng.choice(BASES)
     if c["kind"] == "joint" and c["odd"] == "none" and rng.random() < 0.15:
         c["odd"] = rng.choice(["keys_other_way", "keys_other_way", "misaligned"])
     if design.text and c["kind"] != "image" and rng.random() < 0.3:
@@ -195,11 +217,17 @@ def draw_block(rng: random.Random, design: Design, index: int, spice: float) -> 
         drop("odd")
     if c["odd"] == "transposed" and c["kind"] == "shared":
         drop("odd")
-    if c["odd"] == "inplace_above":
+    if c["odd"] in ("inplace_above", "base_above"):
         c["norm"] = "layer" if c["norm"] == "none" else c["norm"]
         c["modulation"] = rng.choice(["scale_shift", "table"]) if design.timestep != "none" else "none"
-    if c["odd"] == "inplace_q" and c["projection"].startswith("tied"):
+    if c["odd"] in ("inplace_q", "base_q") and c["projection"].startswith("tied"):
         drop("projection")
+    if c["odd"] in ("base_between", "base_clones"):
+        c["projection"] = "lora" if c["projection"] == "lora" else "separate"
+    if c["odd"] == "base_table":
+        c["rotary"] = "half" if c["rotary"] == "none" else c["rotary"]
+    if c["odd"] == "base_mask":
+        c["mask"] = "full" if c["mask"] in ("none", "causal") else c["mask"]
     if c["kind"] == "shared":
         drop("cross")
         c["norm"] = "rms" if c["norm"].startswith(("group", "layer_grid")) else c["norm"]
@@ -249,6 +277,10 @@ def draw_block(rng: random.Random, design: Design, index: int, spice: float) -> 
         drop("pooled")
     if c["kind"] not in ("joint", "added"):
         drop("order")
+    if c["odd"] == "base_mask" and c["mask"] == "none":
+        drop("odd")
+    if c["odd"] not in BASES:
+        drop("alias", "write")
     return c
 
 
@@ -264,10 +296,19 @@ def draw_methods(rng: random.Random, design: Design) -> Methods:
         metric = rng.choice(["auto"] * 6 + ["stream", "input"])
         scope = "block" if rng.random() < 0.2 and all(map(branches, design.blocks)) else "attention"
         options: dict[str, Any] = {"levels": levels, "scope": scope, "align": align, "metric": metric}
-        if rng.random() < 0.3:
-            chosen.append(bgx.ToMe(ratio, cell, destination="top-left", **options))
+        options["reduce"] = rng.choice(["mean"] * 6 + ["mlerp", "prune"])
+        options["proportional"] = rng.random() < 0.2
+        # A blend goes through a norm behind the attention only where all of the block is merged.
+        through = scope == "block" or all(c["out"] != "sandwich" for c in design.blocks)
+        options["unmerge"] = "blend" if through and rng.random() < 0.2 else "copy"
+        window = {"window": rng.choice([2, 3, 4, 6])} if rng.random() < 0.2 else {}
+        kind = rng.choice(["laplacian"] * 5 + ["tome"] * 3 + ["pool"] * 2)
+        if kind == "tome":
+            chosen.append(bgx.ToMe(ratio, cell, destination="top-left", **options, **window))
+        elif kind == "pool":
+            chosen.append(bgx.BlockPool(ratio, cell, **options))
         else:
-            chosen.append(bgx.LaplacianMerge(ratio, cell, **options))
+            chosen.append(bgx.LaplacianMerge(ratio, cell, **options, **window))
     if KV in kinds:
         schedule = design.timestep != "none" and design.doubled == "no" and rng.random() < 0.3
         alpha = bgx.LinearAlpha(0.8, 1.2, 999, 0) if schedule else rng.choice([0.9, 0.0, 1.2])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.fuzz_attention import Attention, Metrics
-from tests.fuzz_parts import Choices, CrossAttention, Env, Norm, Pair, Sizes
+from tests.fuzz_parts import Choices, CrossAttention, Env, Norm, Pair, Sizes, overwrite, renamed
 
 CHANNELS, PATCH = 3, 2
 PLAIN: Choices = {
@@ -99,6 +99,9 @@ class Block(nn.Module):
             h.mul_(0.5)
         elif c["odd"] == "inplace_h_view":
             h.unsqueeze(0)[:, :, :1].mul_(-0.5)
+        elif c["odd"] == "base_h":
+            base, h = h, renamed(h, c["alias"])
+            overwrite(base, c["write"])
         out, out_text = self.attn(x, metrics, y, env, text)
         if c["dual"] == "yes":
             out = out + self.attn2(x, metrics, None, env, None)[0]
@@ -121,8 +124,12 @@ class Block(nn.Module):
 
     def prepare(self, h: Tensor, env: Env, before: Tensor | None) -> tuple[Tensor, Metrics]:
         """What is attended to, and the metric that ``docs/operators.md`` prescribes, for each way to choose one."""
-        c, x = self.c, self.norm(h)
-        above = h
+        c, base = self.c, h
+        h = renamed(h, c["alias"]) if c["odd"] == "base_above" else h
+        above, x = h, self.norm(h)
+        if c["odd"] == "base_above":
+            above = h.clone() if self.attn.oracles else h
+            overwrite(base, c["write"])
         if c["odd"] == "inplace_above":
             above = h.clone() if self.attn.oracles else h
             h.unsqueeze(0)[:, :, ::2].mul_(-0.5)

@@ -42,6 +42,55 @@ class Env:
     ids: Tensor | None
 
 
+CUTS = ("slice", "item", "unbind", "expand")
+"""Names that could show less, or more often: between them and a norm, the metric is the attention's input."""
+
+
+def renamed(t: Tensor, kind: str) -> Tensor:
+    """The memory of ``t`` under another name; "contiguous" and "reshape" may copy instead."""
+    match kind:
+        case "view":
+            return t.view(t.shape)
+        case "slice":
+            return t[:]
+        case "detach":
+            return t.detach()
+        case "item":
+            return t.chunk(1, -1)[0]
+        case "unbind":
+            return t[None].unbind(0)[0]
+        case "squeeze":
+            return t.unsqueeze(0).squeeze(0)
+        case "transpose":
+            return t.transpose(0, 1).transpose(0, 1)
+        case "expand":
+            return t.expand_as(t)
+        case "type_as":
+            return t.type_as(t)
+        case "contiguous":
+            return t.contiguous()
+    return t.reshape(*t.shape[:-1], 1, -1).flatten(-2)
+
+
+def overwrite(t: Tensor, kind: str) -> None:
+    """Change ``t`` in place: all of it, its second dimension's first rows, or its first channels."""
+    match kind:
+        case _ if t.dtype == torch.bool:
+            t[..., :1].fill_(True)
+        case "mul":
+            t.mul_(0.5)
+        case "tanh":
+            t.tanh_()
+        case "copy":
+            t.copy_(t * 0.7 + 0.1)
+        case "rows":
+            t[:, :2].mul_(-0.5)
+        case "out":
+            torch.mul(t, 0.5, out=t)
+        case _:
+            t[..., :2].fill_(0.3)
+
+
 class Norm(nn.Module):
     """(B, S, C) -> (B, S, C)."""
 
@@ -140,6 +189,11 @@ class Rotary(nn.Module):
             cos, sin, turn = self.cos, self.sin, self.complex
         else:
             cos, sin, turn = angles.cos(), angles.sin(), torch.polar(torch.ones_like(angles), angles)
+        if self.c["odd"] == "base_table":
+            tables = [t.clone() for t in (cos, sin, turn)]
+            cos, sin, turn = (renamed(t, self.c["alias"]) for t in tables)
+            for t in tables:
+                overwrite(t, "mul" if t.is_complex() else self.c["write"])
         if heads_dim == 2 or cos.ndim == 3:
             cos, sin, turn = (t.unsqueeze(-2 if heads_dim == 2 else 1) for t in (cos, sin, turn))
         match self.c["rotary"]:

@@ -155,6 +155,18 @@ def match(
     return result
 
 
+def window_sides(grid: Pair, cell: Pair, limit: int | None) -> Pair:
+    """Rows and columns of the windows: the most cells, up to ``limit`` tokens, that divide an axis; else all of it."""
+    sides = []
+    for side, step in zip(grid, cell, strict=True):
+        longest = side
+        for length in range(step, side + 1, step):
+            if limit is not None and length <= limit and side % length == 0:
+                longest = length
+        sides.append(longest)
+    return sides[0], sides[1]
+
+
 def merge_plan(
     metric: Tensor,
     grid: Pair,

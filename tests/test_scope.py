@@ -16,7 +16,7 @@ from bigain_fx.capture import capture
 from bigain_fx.passes.methods import normalize
 from bigain_fx.passes.pipeline import Rewritten, rewrite
 from tests import oracle
-from tests.toys import C, H, LiteralSizes, N, Toy, W, heads, join
+from tests.toys import HEADS, C, H, LiteralSizes, N, Toy, W, heads, join
 
 GRID = (H, W)
 RATIO = 0.5
@@ -205,13 +205,27 @@ def test_the_choices_for_comparison(kind: str, reduce: str) -> None:
         torch.testing.assert_close(output, toy(image), rtol=1e-4, atol=1e-5)
 
 
+class Joint(Toy):
+    """Queries, keys and values of a text stand before and behind those of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Parameter(torch.randn(1, HEADS, n, C // HEADS)) for n in (2, 3))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sides = [each.expand(len(q), -1, -1, -1) for each in (self.first, self.last)]
+        q, k, v = (torch.cat([sides[0], t, sides[1]], 2) for t in (q, k, v))
+        return join(F.scaled_dot_product_attention(q, k, v)[:, :, 2:-3])
+
+
+@pytest.mark.parametrize("toy_class", [Toy, Joint])
 @pytest.mark.parametrize("method", [bgx.LaplacianMerge, bgx.ToMe, bgx.BlockPool])
 @pytest.mark.parametrize("scope", ["attention", "block"])
 @pytest.mark.parametrize("reduce", ["mean", "prune"])
-def test_proportional_attention_repeats_each_key(method: Any, scope: str, reduce: str) -> None:
+def test_proportional_attention_repeats_each_key(method: Any, scope: str, reduce: str, toy_class: type[Toy]) -> None:
     """A key that counts for its group is a key repeated as often as the group has tokens."""
     torch.manual_seed(0)
-    toy, image = Toy(), torch.randn(2, 3, H, W)
+    toy, image = toy_class(), torch.randn(2, 3, H, W)
     _, plain = run(toy, method(RATIO, scope=scope, reduce=reduce), image)
     rewritten, output = run(toy, method(RATIO, scope=scope, reduce=reduce, proportional=True), image)
     (node,) = (node for node in rewritten.module.graph.nodes if "_plan" in str(node.target))

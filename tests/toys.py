@@ -205,9 +205,20 @@ class InPlace(Toy):
         return residual
 
 
+class ChangedAfterwards(Toy):
+    """The attention's input is overwritten once its projections are made, under another name."""
+
+    def branch(self, x: Tensor, metric: Tensor) -> Tensor:
+        whole, x = x, self.squeeze(x, metric)
+        rows = x if self.squeeze_kv is None else self.squeeze_kv(whole, metric)
+        q, k, v = heads(self.q(x)), heads(self.k(rows)), heads(self.v(rows))
+        whole.unsqueeze(0).mul_(2)
+        return self.spread(self.out(self.attend(q, k, v))) + whole.mean(1, keepdim=True)
+
+
 REWRITTEN: list[type[Toy]] = [
     Separate, LiteralSizes, FusedProjection, FusedUnbind, NormedHeads, Casts, Gated, Modulated, GroupNormed,
-    PositionsAdded, LowRank, InPlace,
+    PositionsAdded, LowRank, InPlace, ChangedAfterwards,
 ]  # fmt: skip
 
 
@@ -286,12 +297,12 @@ class MixedKeys(Toy):
 
 
 class ChangedInPlace(Toy):
-    """Near miss of Separate: the attention's input is overwritten after its projections, under another name."""
+    """Near miss of ChangedAfterwards: the attention's input is overwritten among its projections, by another name."""
 
     def branch(self, x: Tensor, metric: Tensor) -> Tensor:
-        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        q = heads(self.q(x))
         x.unsqueeze(0).mul_(2)
-        return self.out(self.attend(q, k, v)) + x.mean(1, keepdim=True)
+        return self.out(self.attend(q, heads(self.k(x)), heads(self.v(x)))) + x.mean(1, keepdim=True)
 
 
 class Kernel(Toy):

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from bigain_fx.passes.constants import folded
 from bigain_fx.passes.pairs import as_pairs, pair
 
 _EXPORTER_LOG = "torch.onnx._internal.exporter._registration"
@@ -30,9 +31,14 @@ def retrace(
     Raises:
         ExportError: complex numbers that have no form in real ones.
     """
-    real = as_pairs(module)
+    real = as_pairs(folded(module, _has_no_form))
     with torch.no_grad(), quiet():
         return torch.export.export(around(real) if around else real, tuple(map(pair, inputs)), strict=False)
+
+
+def _has_no_form(node: Node) -> bool:
+    """Whether ONNX cannot say what ``node`` does: decompositions of matrices, which Wan-Animate has of a weight."""
+    return str(node.target).startswith("aten.linalg_") and node.target is not torch.ops.aten.linalg_vector_norm.default
 
 
 @contextmanager

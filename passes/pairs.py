@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from bigain_fx.passes.arguments import CASTS, CONCATENATIONS, SPLITS, VIEWS, memory_of, mutates
+from bigain_fx.passes.arguments import CASTS, CONCATENATIONS, SPLITS, VIEWS
 from bigain_fx.passes.axes import aten
+from bigain_fx.passes.constants import constants, folded
 from bigain_fx.passes.errors import ExportError
 from bigain_fx.passes.sites import module_name
 from bigain_fx.passes.surgery import Surgeon
@@ -65,6 +66,7 @@ def as_pairs(module: GraphModule) -> GraphModule:
     """
     if not any(map(_is_complex, module.graph.nodes)):
         return module
+    module = folded(module, _is_complex)
     result = GraphModule(module, copy.deepcopy(module.graph))
     _Rewriter(Surgeon(result)).run()
     return GraphModule(result, result.graph)  # leaves the complex tables behind
@@ -77,32 +79,23 @@ class _Rewriter:
         self._surgeon = surgeon
         surgeon.clean()
         self._complex = {node for node in surgeon.graph.nodes if _is_complex(node)}
-        self._fixed = _fixed(surgeon.graph)
+        self._constant = constants(surgeon.graph)
         self._parts: dict[Node, Parts] = {}
-        self._values: dict[Node, Any] = {}
 
     def run(self) -> None:
         """Rewrite the graph, and drop what was complex."""
-        concerned = set(self._complex)
         for node in list(self._surgeon.graph.nodes):
-            if node in self._fixed:
-                if concerned.intersection(node.all_input_nodes):
-                    concerned.add(node)  # real numbers from a complex table are a table too
-                if node not in concerned or self._fixed.issuperset(node.users):
-                    continue
             with self._surgeon.after(node):
                 if node in self._complex:
                     self._parts[node] = self._checked(node, self._parts_of(node))
-                elif node in self._fixed:
-                    node.replace_all_uses_with(self._buffer(node, self._value(node), ""))
                 elif self._complex.intersection(node.all_input_nodes):
                     node.replace_all_uses_with(self._real(node))
         self._surgeon.finish()
 
     def _parts_of(self, node: Node) -> Parts:
-        if node in self._fixed:
-            value = self._value(node)
-            return self._buffer(node, value.real, "real"), self._buffer(node, value.imag, "imaginary")
+        if node in self._constant and node.op == "get_attr":
+            value = operator.attrgetter(node.target)(self._surgeon.module).detach()
+            return self._buffer(node, "real", value.real), self._buffer(node, "imaginary", value.imag)
         if node.op == "placeholder":
             node.meta["val"] = pair(node.meta["val"])
             return self.split(node, node)
@@ -158,29 +151,11 @@ class _Rewriter:
             return value.real, value.imag
         return self._parts[value] if value in self._complex else (value, None)
 
+    def _buffer(self, node: Node, part: str, value: Tensor) -> Node:
+        return self._surgeon.constant(f"bigain_{node.name}_{part}", value.contiguous(), node)
+
     def emit(self, like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         return self._surgeon.emit(target, args, like, kwargs)
-
-    def _buffer(self, node: Node, value: Tensor, suffix: str) -> Node:
-        return self._surgeon.constant(f"bigain_{node.name}_{suffix}".rstrip("_"), value.detach().contiguous(), node)
-
-    def _value(self, node: Node) -> Any:
-        """The value of a fixed node."""
-        pending, needed = [node], set[Node]()
-        while pending:
-            if (source := pending.pop()) not in self._values and source not in needed:
-                needed.add(source)
-                pending += source.all_input_nodes
-        with torch.no_grad():
-            for source in sorted(needed):
-                self._values[source] = self._run(source)
-        return self._values[node]
-
-    def _run(self, node: Node) -> Any:
-        if node.op == "get_attr":
-            return operator.attrgetter(node.target)(self._surgeon.module)
-        args, kwargs = map_aggregate((node.args, node.kwargs), lambda item: self._values.get(item, item))
-        return node.target(*args, **kwargs)
 
     def _checked(self, node: Node, parts: Parts) -> Parts:
         """``parts``, if they are real and of the shape of ``node``."""
@@ -250,25 +225,10 @@ def _is_complex(node: Node) -> bool:
     return any(tensor.is_complex() for tensor in _tensors(node.meta.get("val")))
 
 
-def _fixed(graph: Graph) -> set[Node]:
-    """What depends on no input and on no chance, and is never written to."""
-    writes = [zip(node.target._schema.arguments, node.args, strict=False) for node in graph.nodes if mutates(node)]
-    written = {memory_of(it) for write in writes for argument, it in write if argument.is_write and isinstance(it, Node)}
-    fixed: set[Node] = set()
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            constant = isinstance(node.meta.get("val"), Tensor)
-        else:
-            constant = node.target is operator.getitem or (
-                isinstance(node.target, OpOverload)
-                and not mutates(node)
-                and torch.Tag.nondeterministic_seeded not in node.target.tags
-            )
-        if constant and fixed.issuperset(node.all_input_nodes) and memory_of(node) not in written:
-            fixed.add(node)
-    return fixed
-
-
 def _refusal(node: Node) -> ExportError:
-    what = "an output of complex numbers" if node.op == "output" else f"{node.target} of complex numbers"
+    what = f"{node.target} of complex numbers"
+    if node.op == "output":
+        what = "an output of complex numbers"
+    elif node.op == "get_attr":
+        what = f"{node.target}, a tensor of complex numbers that forward writes into,"
     return ExportError(f"{module_name(node)}: {what} has no form in real ones, and cannot be exported")

@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.utils import _pytree as pytree
 
 import bigain_fx as bgx
 from tests.zoo import Case
-from tests.zoo_checks import BOTH, load, one_thread, relative, tensors
+from tests.zoo_checks import BOTH, check_report, load, one_thread, relative, tensors
 from tests.zoo_more import MORE
 from tests.zoo_named import NAMED
 
-REFUSED: dict[str, str] = {}
-"""Name of a case -> a part of the error that says why there is no file of it."""
-FAST = ("qwen-image", "lumina-next", "HiDreamImageTransformer2DModel-packed")
 TOLERANCE = 1e-4
+FAST = {("lumina-next", "dense"), ("qwen-image", "both")}
+CASES = [
+    pytest.param(
+        case, method, marks=[] if (case.name, method) in FAST else pytest.mark.slow, id=f"{case.name}-{method}"
+    )
+    for case in (*NAMED, *MORE)
+    for method in ("dense", *(["both"] if case.sites else []))
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,11 +31,16 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def each(cases: tuple[Case, ...]) -> pytest.MarkDecorator:
-    marks = [pytest.param(case, marks=[] if case.name in FAST else pytest.mark.slow, id=case.name) for case in cases]
-    return pytest.mark.parametrize("case", marks)
-
-
-def export(case: Case, method: Any, path: Path) -> bgx.ExportRecord:
-    loaded = load(case)
-    return bgx.export_onnx(loaded.model, (), path, kwargs=loaded.example, method=method, grid=case.grid)
+@pytest.mark.parametrize(("case", "method"), CASES)
+def test_onnx_runtime_agrees_with_torch(case: Case, method: str, tmp_path: Path) -> None:
+    loaded, path = load(case), tmp_path / "model.onnx"
+    applied: Any = BOTH.method if method == "both" else ()
+    # The export itself compares with torch's graph, given equal plans.
+    record = bgx.export_onnx(loaded.model, (), path, kwargs=loaded.example, method=applied, grid=case.grid)
+    assert all(found.relative_l2 <= TOLERANCE for found in record.deviations)
+    if method == "both":
+        check_report(case, record.graphs[0].report, BOTH.action)
+        assert record.operators["bigain::KVDownsample"] == len(case.sites)
+    else:
+        output = bgx.OrtDenoiser(path)(**loaded.inputs)
+        assert relative(tensors(output), loaded.output) <= TOLERANCE

@@ -50,10 +50,7 @@ def folded(module: GraphModule, wanted: Callable[[Node], bool]) -> GraphModule:
 
 def constants(graph: Graph) -> set[Node]:
     """What depends on no input and on no chance, and is never written to."""
-    writes = [zip(node.target._schema.arguments, node.args, strict=False) for node in graph.nodes if mutates(node)]
-    written = {
-        memory_of(it) for write in writes for argument, it in write if argument.is_write and isinstance(it, Node)
-    }
+    written = writes(graph)
     found: set[Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -64,6 +61,16 @@ def constants(graph: Graph) -> set[Node]:
             fixed = node.target is operator.getitem
         if fixed and found.issuperset(node.all_input_nodes) and memory_of(node) not in written:
             found.add(node)
+    return found
+
+
+def writes(graph: Graph) -> dict[Node, list[Node]]:
+    """What writes into memory, by what made that memory, in the graph's order."""
+    found: dict[Node, list[Node]] = {}
+    for node in filter(mutates, graph.nodes):
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.is_write and isinstance(value, Node):
+                found.setdefault(memory_of(value), []).append(node)
     return found
 
 

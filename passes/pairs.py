@@ -25,9 +25,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from bigain_fx.passes.arguments import CASTS, CONCATENATIONS, SPLITS, VIEWS
+from bigain_fx.passes.arguments import CASTS, CONCATENATIONS, SPLITS, VIEWS, memory_of
 from bigain_fx.passes.axes import aten
-from bigain_fx.passes.constants import constants, folded
+from bigain_fx.passes.constants import folded, writes
 from bigain_fx.passes.errors import ExportError
 from bigain_fx.passes.sites import module_name
 from bigain_fx.passes.surgery import Surgeon
@@ -79,21 +79,25 @@ class _Rewriter:
         self._surgeon = surgeon
         surgeon.clean()
         self._complex = {node for node in surgeon.graph.nodes if _is_complex(node)}
-        self._constant = constants(surgeon.graph)
+        self._writes = writes(surgeon.graph)
         self._parts: dict[Node, Parts] = {}
 
     def run(self) -> None:
         """Rewrite the graph, and drop what was complex."""
         for node in list(self._surgeon.graph.nodes):
+            if node not in self._complex and not self._complex.intersection(node.all_input_nodes):
+                continue
+            if any(write > node for write in self._writes.get(memory_of(node), ())):  # parts may be copies
+                raise _refusal(node, " in memory that is written to")
             with self._surgeon.after(node):
                 if node in self._complex:
                     self._parts[node] = self._checked(node, self._parts_of(node))
-                elif self._complex.intersection(node.all_input_nodes):
+                else:
                     node.replace_all_uses_with(self._real(node))
         self._surgeon.finish()
 
     def _parts_of(self, node: Node) -> Parts:
-        if node in self._constant and node.op == "get_attr":
+        if node.op == "get_attr":
             value = operator.attrgetter(node.target)(self._surgeon.module).detach()
             return self._buffer(node, "real", value.real), self._buffer(node, "imaginary", value.imag)
         if node.op == "placeholder":
@@ -225,10 +229,6 @@ def _is_complex(node: Node) -> bool:
     return any(tensor.is_complex() for tensor in _tensors(node.meta.get("val")))
 
 
-def _refusal(node: Node) -> ExportError:
-    what = f"{node.target} of complex numbers"
-    if node.op == "output":
-        what = "an output of complex numbers"
-    elif node.op == "get_attr":
-        what = f"{node.target}, a tensor of complex numbers that forward writes into,"
-    return ExportError(f"{module_name(node)}: {what} has no form in real ones, and cannot be exported")
+def _refusal(node: Node, why: str = "") -> ExportError:
+    what = "an output" if node.op == "output" else node.target
+    return ExportError(f"{module_name(node)}: {what} of complex numbers{why} has no form in real ones to export")

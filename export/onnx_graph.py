@@ -61,6 +61,11 @@ def to_onnx(
                 f"{node.target} has no ONNX form; cell_layout and reduce must be the defaults, and the method no "
                 "BlockPool"
             )
+        if node.target is SDPA and node.args[0].meta["val"].dtype == torch.bfloat16:
+            raise ExportError(
+                f"{module_name(node)} attends in bfloat16 whatever the weights are, and ONNX Runtime has no kernel for "
+                "that on the CPU; use export_package"
+            )
     try:
         with torch.no_grad(), quiet():
             program = retrace(module, inputs, lambda graph: _Symbolic(graph, attention))
@@ -180,8 +185,8 @@ def _attention(
     where: dict[str, str], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
     causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    """``com.microsoft::MultiHeadAttention`` of ``(B, H, S, D)`` operands; not of a masked, causal or grouped one."""
-    if mask is not None or causal or q.ndim != 4 or q.shape[:2] != k.shape[:2]:
+    """``com.microsoft::MultiHeadAttention`` of ``(B, H, S, D)`` operands, not masked, causal, grouped or double."""
+    if mask is not None or causal or q.ndim != 4 or q.shape[:2] != k.shape[:2] or q.dtype == torch.float64:
         return NotImplemented
     heads = q.shape[1]
     flat = [operand.transpose(1, 2).flatten(2) for operand in (q, k, v)]

@@ -108,16 +108,16 @@ class Port:
     def _tensor(self, value: Any, device: torch.device) -> Tensor:
         if not isinstance(value, Tensor):
             raise InputError(f"{self.key} is a {type(value).__name__}; give a torch.Tensor {self.shape} {self.dtype}")
-        value = pair(value)
-        if tuple(value.shape) != self.shape:
-            raise self._misshapen(value)
-        if value.device != device:
-            raise InputError(f"{self.key} is on {value.device}, the graph runs on {device}; move it there")
+        tensor = pair(value)
+        if tuple(tensor.shape) != self.shape:
+            raise self._misshapen(tensor)
+        if tensor.device != device:
+            raise InputError(f"{self.key} is on {tensor.device}, the graph runs on {device}; move it there")
         # A mask means another thing as bool than as float: integers are cast alone.
-        boolean = value.dtype == torch.bool and self.torch_dtype.is_floating_point
-        if value.dtype != self.torch_dtype and (value.is_floating_point() or boolean):
-            raise InputError(f"{self.key} has dtype {value.dtype}, the graph takes {self.torch_dtype}; cast it")
-        return value.to(self.torch_dtype)
+        boolean = tensor.dtype == torch.bool and self.torch_dtype.is_floating_point
+        if tensor.dtype != self.torch_dtype and (tensor.is_floating_point() or boolean):
+            raise InputError(f"{self.key} has dtype {tensor.dtype}, the graph takes {self.torch_dtype}; cast it")
+        return tensor.to(self.torch_dtype)
 
     def _misshapen(self, value: Tensor, also: str = "") -> InputError:
         return InputError(

@@ -85,7 +85,7 @@ def _work_out(module: GraphModule, node: Node, values: dict[Node, Any]) -> None:
             pending += source.all_input_nodes
     for source in sorted(needed):
         if source.op == "get_attr":
-            values[source] = operator.attrgetter(source.target)(module).detach()
+            values[source] = operator.attrgetter(str(source.target))(module).detach()
         else:
-            args, kwargs = map_aggregate((source.args, source.kwargs), lambda item: values.get(item, item))
+            args, kwargs = map_aggregate((source.args, source.kwargs), lambda item: values.get(item, item))  # type: ignore[call-overload]
             values[source] = source.target(*args, **kwargs)  # type: ignore[operator]

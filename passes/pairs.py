@@ -98,7 +98,7 @@ class _Rewriter:
 
     def _parts_of(self, node: Node) -> Parts:
         if node.op == "get_attr":
-            value = operator.attrgetter(node.target)(self._surgeon.module).detach()
+            value = operator.attrgetter(str(node.target))(self._surgeon.module).detach()
             return self._buffer(node, "real", value.real), self._buffer(node, "imaginary", value.imag)
         if node.op == "placeholder":
             node.meta["val"] = pair(node.meta["val"])

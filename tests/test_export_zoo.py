@@ -14,6 +14,8 @@ from tests.zoo_checks import BOTH, check_report, load, one_thread, relative, ten
 from tests.zoo_more import MORE
 from tests.zoo_named import NAMED
 
+REFUSED = {"SanaWMTransformer3DModel": "attends in bfloat16 whatever the weights are"}
+"""Name of a case -> a part of the error that says why there is no file of it."""
 TOLERANCE = 1e-4
 FAST = {("lumina-next", "dense"), ("qwen-image", "both")}
 CASES = [
@@ -34,6 +36,11 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.parametrize(("case", "method"), CASES)
 def test_onnx_runtime_agrees_with_torch(case: Case, method: str, tmp_path: Path) -> None:
     loaded, path = load(case), tmp_path / "model.onnx"
+    if case.name in REFUSED:
+        with pytest.raises(bgx.ExportError, match=REFUSED[case.name]):
+            bgx.export_onnx(loaded.model, (), path, kwargs=loaded.example, method=(), grid=case.grid)
+        assert not list(tmp_path.iterdir())
+        return
     applied: Any = BOTH.method if method == "both" else ()
     # The export itself compares with torch's graph, given equal plans.
     record = bgx.export_onnx(loaded.model, (), path, kwargs=loaded.example, method=applied, grid=case.grid)

@@ -51,3 +51,13 @@ def test_onnx_runtime_agrees_with_torch(case: Case, method: str, tmp_path: Path)
     else:
         output = bgx.OrtDenoiser(path)(**loaded.inputs)
         assert relative(tensors(output), loaded.output) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen-image", "z-image", "lumina-next"])
+def test_packages_of_complex_rotary_tables(name: str, tmp_path: Path) -> None:
+    case = next(case for case in NAMED if case.name == name)
+    loaded = load(case)
+    bgx.export_package(loaded.model, (), tmp_path / "model.pt2", kwargs=loaded.example, method=())
+    output = bgx.load_package(tmp_path / "model.pt2")(**loaded.inputs)
+    assert relative(tensors(output), loaded.output) <= TOLERANCE

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from bigain_fx.capture import capture
+from bigain_fx.passes.constants import folded
 from bigain_fx.passes.errors import ExportError
 from bigain_fx.passes.pairs import as_pairs, pair
 
@@ -178,3 +179,27 @@ def test_what_has_no_real_form_is_refused(turn: Any, what: str) -> None:
 def test_a_complex_output_is_refused() -> None:
     with pytest.raises(ExportError, match="an output of complex numbers has no form"):
         as_pairs(as_graph(Rotating(lambda z, table, rows: z * table), x=X, rows=ROWS))
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        noise = torch.rand(8)
+        ours = torch.linalg.qr(self.weight + 1)[0].exp() * 2
+        return x @ ours + torch.linalg.qr(x)[0] @ torch.linalg.qr(self.weight * noise)[0]
+
+
+@torch.no_grad()
+def test_only_what_depends_on_no_input_and_no_chance_is_worked_out() -> None:
+    qr = torch.ops.aten.linalg_qr.default
+    model, x = Weighted(), torch.randn(2, 8, 8)
+    module = folded(as_graph(model, x=x, rows=ROWS), lambda node: node.target is qr)
+    assert sum(node.target is qr for node in module.graph.nodes) == 2
+    assert not any(node.target is torch.ops.aten.exp.default for node in module.graph.nodes)
+    torch.manual_seed(3)
+    expected = model(x, ROWS)
+    torch.manual_seed(3)
+    torch.testing.assert_close(module(x, ROWS)[0], expected)

@@ -30,6 +30,7 @@ from bigain_fx.passes.sites import module_name
 
 aten, bigain = torch.ops.aten, torch.ops.bigain
 OPSETS = range(18, 24)
+_JOINS = (aten.cat.default, aten.concat.default, aten.stack.default, aten.hstack.default, aten.vstack.default)
 ATTENTIONS = ("MultiHeadAttention", "standard")
 
 
@@ -46,7 +47,7 @@ def to_onnx(
 
     Args:
         module: a graph as :func:`bigain_fx.passes.pipeline.rewrite` returns it.
-        inputs: one tensor per input, of the static shapes and dtypes of the graph.
+        inputs: one tensor per input, of the static shapes and dtypes of the graph; complex ones become real pairs.
         input_names, output_names: of the ONNX graph's.
         opset: of the standard operators, 18 to 23.
         attention: ``"MultiHeadAttention"`` makes one ``com.microsoft`` node of every unmasked attention;
@@ -61,13 +62,20 @@ def to_onnx(
                 f"{node.target} has no ONNX form; cell_layout and reduce must be the defaults, and the method no "
                 "BlockPool"
             )
+        if node.target is SDPA and node.args[0].meta["val"].dtype == torch.bfloat16:
+            raise ExportError(
+                f"{module_name(node)} attends in bfloat16 whatever the weights are, and ONNX Runtime has no kernel for "
+                "that on the CPU; use export_package"
+            )
     try:
         with torch.no_grad(), quiet():
-            program = retrace(_Symbolic(module, attention), inputs)
+            program = retrace(module, inputs, lambda graph: _Symbolic(graph, attention))
             exported = torch.onnx.export(
                 program, dynamo=True, opset_version=opset, input_names=list(input_names),
                 output_names=list(output_names), optimize=True, verbose=False,
             )  # fmt: skip
+    except ExportError:
+        raise
     except Exception as error:
         reason = first_line(error.__cause__ or error)
         raise ExportError(f"torch.onnx cannot export the graph at opset {opset}: {reason}") from error
@@ -179,8 +187,8 @@ def _attention(
     where: dict[str, str], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
     causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    """``com.microsoft::MultiHeadAttention`` of ``(B, H, S, D)`` operands; not of a masked, causal or grouped one."""
-    if mask is not None or causal or q.ndim != 4 or q.shape[:2] != k.shape[:2]:
+    """``com.microsoft::MultiHeadAttention`` of ``(B, H, S, D)`` operands, not masked, causal, grouped or double."""
+    if mask is not None or causal or q.ndim != 4 or q.shape[:2] != k.shape[:2] or q.dtype == torch.float64:
         return NotImplemented
     heads = q.shape[1]
     flat = [operand.transpose(1, 2).flatten(2) for operand in (q, k, v)]
@@ -190,15 +198,36 @@ def _attention(
     return out.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def _cat(where: dict[str, str], tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Torch promotes what it concatenates, ``Concat`` does not, and the exporter leaves that to it (2.13)."""
+def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    return torch.cat([tensor.to(dtype) for tensor in tensors], dim)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _join(target: Any, where: dict[str, str], tensors: Sequence[Tensor], *dim: int, **dims: int) -> Any:
+    """Torch promotes what it concatenates, ``Concat`` does not, and the exporter leaves that to it (2.13)."""
+    return target(_promoted(tensors), *dim, **dims)
+
+
+def _einsum(where: dict[str, str], equation: str, tensors: Sequence[Tensor], *, path: Any = None) -> Tensor:
+    """As :func:`_join`: an outer product promotes."""
+    return torch.einsum(equation, _promoted(tensors))
 
 
 def _squeeze(where: dict[str, str], x: Tensor, dim: int) -> Tensor:
     """Torch keeps a dimension that is not 1, ``Squeeze`` refuses it, and the exporter leaves that to it (2.13)."""
     return x.squeeze(dim) if x.shape[dim] == 1 else x
+
+
+def _where(where: dict[str, str], condition: Tensor, chosen: Tensor | bool, other: Tensor | bool) -> Any:
+    """ONNX Runtime has no ``Where`` of booleans."""
+    if any(getattr(value, "dtype", type(value)) not in (torch.bool, bool) for value in (chosen, other)):
+        return NotImplemented
+    return (condition & chosen) | (~condition & other)
+
+
+def _masked_fill(where: dict[str, str], x: Tensor, mask: Tensor, value: Tensor | float) -> Any:
+    """As :func:`_where`."""
+    return _where(where, mask, value if isinstance(value, Tensor) else bool(value), x)
 
 
 def _emit(
@@ -220,9 +249,11 @@ _TABLE: dict[Any, Callable[..., Any]] = {
     bigain.kv_downsample.default: _kv_downsample,
     bigain.kv_downsample.Tensor: _kv_downsample,
     bigain.linear_alpha.default: _linear_alpha,
-    aten.cat.default: _cat,
-    aten.concat.default: _cat,
+    **{target: functools.partial(_join, target) for target in _JOINS},
+    aten.einsum.default: _einsum,
     aten.squeeze.dim: _squeeze,
+    **dict.fromkeys((aten.where.self, aten.where.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther), _where),
+    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), _masked_fill),
 }
 
 

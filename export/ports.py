@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bigain_fx.passes.errors import ExportError, InputError
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
+from bigain_fx.passes.pairs import pair
 
 Path = tuple[str | int, ...]
 
@@ -54,11 +55,12 @@ class Port:
 
     @classmethod
     def of(cls, name: str, path: Path, tensor: Tensor) -> Port:
-        """The port that ``tensor`` passes.
+        """The port that ``tensor`` passes; a complex one as real pairs, ``(..., 2)``.
 
         Raises:
             ExportError: a dtype that no port has.
         """
+        tensor = pair(tensor)
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in _DTYPES:
             raise ExportError(f"{name} has dtype {tensor.dtype}, which cannot be exported; use one of {list(_DTYPES)}")
@@ -82,7 +84,7 @@ class Port:
         """``value`` as the graph takes it.
 
         A timestep may be any number, or a tensor of any dtype and device with one value or one for each of the batch.
-        Anything else has this shape and, if it is floating, this dtype; integers are cast.
+        Anything else has this shape and, if it is floating, this dtype; integers are cast, complex numbers are pairs.
 
         Raises:
             InputError: a value that is none of these, or is on another device.
@@ -106,15 +108,16 @@ class Port:
     def _tensor(self, value: Any, device: torch.device) -> Tensor:
         if not isinstance(value, Tensor):
             raise InputError(f"{self.key} is a {type(value).__name__}; give a torch.Tensor {self.shape} {self.dtype}")
-        if tuple(value.shape) != self.shape:
-            raise self._misshapen(value)
-        if value.device != device:
-            raise InputError(f"{self.key} is on {value.device}, the graph runs on {device}; move it there")
+        tensor = pair(value)
+        if tuple(tensor.shape) != self.shape:
+            raise self._misshapen(tensor)
+        if tensor.device != device:
+            raise InputError(f"{self.key} is on {tensor.device}, the graph runs on {device}; move it there")
         # A mask means another thing as bool than as float: integers are cast alone.
-        boolean = value.dtype == torch.bool and self.torch_dtype.is_floating_point
-        if value.dtype != self.torch_dtype and (value.is_floating_point() or value.is_complex() or boolean):
-            raise InputError(f"{self.key} has dtype {value.dtype}, the graph takes {self.torch_dtype}; cast it")
-        return value.to(self.torch_dtype)
+        boolean = tensor.dtype == torch.bool and self.torch_dtype.is_floating_point
+        if tensor.dtype != self.torch_dtype and (tensor.is_floating_point() or boolean):
+            raise InputError(f"{self.key} has dtype {tensor.dtype}, the graph takes {self.torch_dtype}; cast it")
+        return tensor.to(self.torch_dtype)
 
     def _misshapen(self, value: Tensor, also: str = "") -> InputError:
         return InputError(

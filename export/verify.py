@@ -22,6 +22,7 @@ from bigain_fx.export.functions import DOMAIN
 from bigain_fx.export.interface import Interface
 from bigain_fx.export.session import Session
 from bigain_fx.passes.errors import ExportError
+from bigain_fx.passes.pairs import pair
 from bigain_fx.passes.sites import module_name
 
 LIMITS = {"float32": 1e-3, "float16": 5e-2}
@@ -75,7 +76,7 @@ def verify(path: Path, module: fx.GraphModule, inputs: Sequence[Tensor], interfa
     Raises:
         ExportError: an output that is not finite, or further from torch's than :data:`LIMITS`.
     """
-    given = [tensor.cpu() for tensor in inputs]
+    given = [pair(tensor).cpu() for tensor in inputs]
     outputs = _run(path, given, [(port.shape, port.torch_dtype) for port in interface.outputs])
     for port, output in zip(interface.outputs, outputs, strict=True):
         if bad := int((~output.isfinite()).sum()):

@@ -579,9 +579,9 @@ class Other(nn.Module):
     [
         ({"sample": SAMPLE, "when": torch.float32}, (SAMPLE,), "when is a dtype, which no file can hold"),
         (
-            {"sample": SAMPLE.to(torch.complex64)},
+            {"sample": SAMPLE.to(torch.float8_e5m2)},
             (SAMPLE,),
-            "sample has dtype torch.complex64, which cannot be exported",
+            "sample has dtype torch.float8_e5m2, which cannot be exported",
         ),
         ({"sample": SAMPLE}, (SAMPLE, None), "Other must take and give tensors"),
         ({"when": 3}, (SAMPLE,), "Other must take and give tensors"),
@@ -599,3 +599,16 @@ def test_a_bool_mask_is_no_float_mask() -> None:
     assert port.bring(torch.tensor([0, 1]), torch.device("cpu")).tolist() == [0.0, 1.0]
     with pytest.raises(bgx.InputError, match=r"mask has dtype torch.bool, the graph takes torch.float32"):
         port.bring(torch.tensor([True, False]), torch.device("cpu"))
+
+
+def test_complex_numbers_pass_as_pairs() -> None:
+    value = torch.randn(3, 2, dtype=torch.complex64)
+    port = Port.of("turn", ("turn",), value)
+    assert (port.shape, port.dtype) == ((3, 2, 2), "float32")
+    for given in (value, value.conj()):
+        brought = port.bring(given, torch.device("cpu"))
+        assert torch.equal(torch.view_as_complex(brought), given.resolve_conj())
+    with pytest.raises(bgx.InputError, match=r"turn has dtype torch.float64, the graph takes torch.float32"):
+        port.bring(value.to(torch.complex128), torch.device("cpu"))
+    with pytest.raises(bgx.InputError, match=r"turn has shape \(2, 2, 2\), the graph takes \(3, 2, 2\)"):
+        port.bring(value[:2], torch.device("cpu"))

@@ -347,6 +347,29 @@ def test_names_that_meet_and_a_timestep_that_is_an_index(tmp_path: Path) -> None
     torch.testing.assert_close(bgx.OrtDenoiser(path)(*inputs), model(*inputs))
 
 
+class Odd(nn.Module):
+    """What torch promotes and ONNX does not, what ONNX Runtime has no kernel for, and what ONNX has no operator for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, sample: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        wide = torch.einsum("...n,d->...nd", sample, torch.arange(3, dtype=torch.float64))
+        wide = torch.stack([sample, wide.sum(-1)], -1) + torch.hstack([sample, wide[..., 1]]).mean()
+        mask = torch.where(mask.roll(1, 0), mask, sample > 0).masked_fill(mask, False)
+        mask = torch.where(sample < 1, mask, True)
+        wide = nn.functional.scaled_dot_product_attention(*[wide.reshape(1, 2, 5, 4)] * 3).mean((0, 1))
+        return (wide * mask).float() @ torch.linalg.qr(self.weight + 1)[0]
+
+
+def test_what_the_exporter_leaves_to_others(tmp_path: Path) -> None:
+    model, sample, mask = Odd().eval(), torch.randn(5, 4), torch.randn(5, 4) > 0
+    bgx.export_onnx(model, (sample, mask), tmp_path / "o.onnx", method=())
+    other = torch.randn(5, 4), torch.randn(5, 4) > 0
+    torch.testing.assert_close(bgx.OrtDenoiser(tmp_path / "o.onnx")(*other), model(*other), rtol=1e-4, atol=1e-5)
+
+
 def test_an_output_of_zeros_is_right(inputs: Any, tmp_path: Path) -> None:
     model = unet()
     nn.init.zeros_(model.conv_out.weight)

@@ -1,4 +1,4 @@
-"""An ONNX file as it lies on disk: what it needs of other files and says of itself, checked before a runtime sees it."""
+"""An ONNX file on disk: what it needs of other files and says of itself, checked before a runtime sees it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 from onnx import FunctionProto, GraphProto, ModelProto, TensorProto
 
-from bigain_fx.export.weights import digests_of, fingerprint
-from bigain_fx.passes.errors import BigainError, ExportError, first_line
+from bigain_fx.export.weights import digests_of, fingerprint, reading
+from bigain_fx.passes.errors import ExportError, first_line
 
 DIGEST = "initializers"
 """The metadata entry that holds the digest of the weights."""
@@ -103,12 +103,8 @@ def read(path: Path, known: Digests | None = None) -> OnnxFile:
         raise ExportError(f"{path} is cut short, or no ONNX file: {first_line(error)}") from error
     if not model.graph.output:
         raise ExportError(f"{path} holds no graph; it is cut short, or no ONNX file")
-    try:
+    with reading(path):
         return _read(path, model, {} if known is None else known)
-    except BigainError:
-        raise
-    except Exception as error:  # of whatever kind: a field that is not what it should be
-        raise ExportError(f"{path} is damaged ({first_line(error)}); export it again") from error
 
 
 def locations(model: ModelProto) -> set[str]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
+
+from bigain_fx.passes.errors import BigainError, ExportError, first_line
 
 ALIGNMENT = 4096
 """Of each weight in a file: a page, so that it can be mapped."""
@@ -14,25 +18,29 @@ ALIGNMENT = 4096
 class WeightWriter:
     """Writes contents to ``file``, equal ones once.
 
-    Attributes:
-        digest: of everything that was written, in its order.
+    Args:
+        file: takes bytes, from ``origin`` on in the file that is mapped one day.
+        origin: see there.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, origin: int = 0) -> None:
+        self._file, self._origin, self._size = file, origin, 0
         self._offsets: dict[bytes, int] = {}
 
     @property
     def digest(self) -> str:
+        """Of everything that was written, in its order."""
         return hashlib.sha256(b"".join(self._offsets)).hexdigest()
 
     def add(self, content: Any) -> tuple[int, bytes]:
-        """Write ``content``, any buffer, if it is new; return where it is in the file, and its digest."""
+        """Write ``content``, any buffer, if it is new; return its offset from the origin, and its digest."""
         digest = digest_of(content)
         if digest not in self._offsets:
-            self._file.write(bytes(-self._file.tell() % ALIGNMENT))
-            self._offsets[digest] = self._file.tell()
+            gap = -(self._origin + self._size) % ALIGNMENT
+            self._file.write(bytes(gap))
+            self._offsets[digest] = self._size + gap
             self._file.write(content)
+            self._size += gap + memoryview(content).nbytes
         return self._offsets[digest], digest
 
 
@@ -51,3 +59,19 @@ def fingerprint(digests: Mapping[str, bytes]) -> str:
     """One digest of named digests, whatever their order; a name says what the bytes are, dtype and shape too."""
     lines = [f"{name} {digest.hex()}\n" for name, digest in sorted(digests.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Read what is in a user's file.
+
+    Raises:
+        ExportError: whatever goes wrong in the body, of whatever kind: a field is not what it should be.
+    """
+    try:
+        yield
+    except BigainError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ExportError(f"{path} is damaged ({what}); export it again") from error

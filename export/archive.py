@@ -54,13 +54,18 @@ def add_weights(path: Path, graphs: Mapping[str, Mapping[str, Constant]]) -> Non
                 index[graph] = {}
                 for name, constant in constants.items():
                     flat = constant.flat
+                    field = {"length": flat.numel(), "dtype": str(flat.dtype), "device": flat.device.type,
+                             "shape": list(constant.shape), "stride": list(constant.stride)}  # fmt: skip
                     offset, digest = writer.add(flat.cpu().contiguous().view(torch.uint8).numpy())
-                    digests[str(offset)] = digest
-                    index[graph][name] = {"offset": offset, "length": flat.numel(), "dtype": str(flat.dtype),
-                                          "shape": constant.shape, "stride": constant.stride,
-                                          "device": flat.device.type}  # fmt: skip
+                    digests[_label(graph, name, field)] = digest
+                    index[graph][name] = {"offset": offset, **field}
         made = {"format": _FORMAT, "graphs": index, "weights": fingerprint(digests), "code": code}
         archive.writestr(f"{root}/{_INDEX}", json.dumps(made))
+
+
+def _label(graph: str, name: str, field: Mapping[str, Any]) -> str:
+    """What a weight is called in :func:`fingerprint`: all that is said of it but where it is."""
+    return json.dumps([graph, name, *(field[key] for key in ("length", "dtype", "device", "shape", "stride"))])
 
 
 def _is_code(name: str) -> bool:
@@ -118,7 +123,7 @@ class Archive:
             return self._constants(device)
 
     def _constants(self, device: torch.device) -> dict[str, dict[str, Tensor]]:
-        mapped, contents = self._mapped(), dict[str, Tensor]()
+        mapped, contents, labels = self._mapped(), dict[int, Tensor](), dict[str, int]()
         placed, graphs = dict[tuple[Any, ...], Tensor](), dict[str, dict[str, Tensor]]()
         for graph, fields in self._index["graphs"].items():
             graphs[graph] = {}
@@ -127,15 +132,15 @@ class Archive:
                 end = start + field["length"] * dtype.itemsize
                 if not 0 <= start <= end <= len(mapped):
                     raise ValueError(f"{name} is not within the weights")
-                content = contents[str(start)] = mapped[start:end]
-                key = start, end, dtype, field["device"]
+                labels[_label(graph, name, field)], key = start, (start, end, dtype, field["device"])
+                content = contents[start] = mapped[start:end]
                 if key not in placed:
                     placed[key] = _placed(content, dtype, _CPU if field["device"] == "cpu" else device)
                 graphs[graph][name] = placed[key].as_strided(field["shape"], field["stride"])
-        digests = digests_of(content.numpy for content in contents.values())
+        digests = dict(zip(contents, digests_of(content.numpy for content in contents.values()), strict=True))
         with zipfile.ZipFile(self.path) as archive:
             code = {name: digest_of(archive.read(name)).hex() for name in archive.namelist() if _is_code(name)}
-        found = fingerprint(dict(zip(contents, digests, strict=True)))
+        found = fingerprint({label: digests[start] for label, start in labels.items()})
         if (found, code) != (self._index["weights"], self._index["code"]):
             raise ValueError("its weights or its code are not those that were exported")
         return graphs

@@ -108,6 +108,8 @@ class Interface:
             raise TypeError(f"{model!r} is no model's name, or {parameters!r} are no parameters")
         if not all(isinstance(values, dict) for values in (data["defaults"], data["constants"], config)):
             raise TypeError("defaults, constants and config must be objects")
+        if private := [name for name in config if name.startswith("_")]:  # none is written
+            raise ValueError(f"no model has {private[0]!r} in its config")
         return cls(
             model=model,
             parameters=tuple(parameters),

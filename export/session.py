@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bigain_fx.export.interface import Interface
 from bigain_fx.export.ports import packed
+from bigain_fx.export.weights import reading
 from bigain_fx.passes.errors import ExportError, InputError, first_line
 
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ _ELEMENTS: dict[torch.dtype, tuple[str, Any]] = {
     torch.uint8: ("tensor(uint8)", np.uint8),
     torch.bool: ("tensor(bool)", np.bool_),
 }
+
+
+class Argument(NamedTuple):
+    """An input or an output of a graph, as ONNX Runtime has it."""
+
+    name: str
+    shape: list[Any]
+    type: str
 
 
 class SharedWeights:
@@ -71,6 +80,9 @@ class Session:
         session_options: an ``onnxruntime.SessionOptions``, for threads and the like.
         shared: the weights of sessions that are used together, see :class:`SharedWeights`.
 
+    Attributes:
+        metadata: the model's ``metadata_props``.
+
     Raises:
         ExportError: a file that is missing, cut short, damaged or no ONNX model, its external data too; weights that
             are not those that were exported.
@@ -93,6 +105,7 @@ class Session:
         from bigain_fx.export import onnx_file
 
         file = onnx_file.read(self.path, self._shared.digests)
+        self.metadata = file.metadata
         if session_options is None:
             session_options = ort.SessionOptions()
             session_options.log_severity_level = 3  # else it warns of each constant that it does not fold
@@ -103,9 +116,9 @@ class Session:
             self._session = ort.InferenceSession(
                 os.fspath(self.path), sess_options=session_options, providers=wanted, enable_fallback=0
             )
-        except (TypeError, ValueError) as error:
-            raise InputError(f"providers={wanted!r}: {first_line(error)}") from error
         except Exception as error:
+            if isinstance(error, TypeError | ValueError) and not isinstance(error, UnicodeError):
+                raise InputError(f"providers={wanted!r}: {first_line(error)}") from error
             raise ExportError(f"ONNX Runtime cannot load {self.path}: {first_line(error)}") from error
         active = self._session.get_providers()
         if dropped := [name for name in map(_name, wanted) if name not in active]:
@@ -114,12 +127,11 @@ class Session:
                 f"CUDA or cuDNN is another version than torch's {torch.version.cuda}"
             )
         self.device = self._device(active)
-        self._inputs, self._outputs = self._session.get_inputs(), self._session.get_outputs()
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The model's ``metadata_props``."""
-        return dict(self._session.get_modelmeta().custom_metadata_map)
+        with reading(self.path):
+            self._inputs, self._outputs = (
+                [Argument(each.name, list(each.shape), each.type) for each in side]
+                for side in (self._session.get_inputs(), self._session.get_outputs())
+            )
 
     def check(self, interface: Interface) -> None:
         """Check that the graph takes and gives what ``interface`` says.
@@ -129,7 +141,7 @@ class Session:
         """
         for ports, arguments in ((interface.inputs, self._inputs), (interface.outputs, self._outputs)):
             said = [(port.name, list(port.shape), _ELEMENTS.get(port.torch_dtype, (port.dtype,))[0]) for port in ports]
-            found = [(argument.name, argument.shape, argument.type) for argument in arguments]
+            found = [tuple(argument) for argument in arguments]
             if said != found:
                 raise ExportError(f"{self.path}: the graph has {found}, its metadata says {said}; export it again")
 

@@ -97,7 +97,7 @@ class Archive:
         try:
             with zipfile.ZipFile(path) as archive:
                 self._entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-                self._index = json.loads(archive.read(self._entries[_INDEX])) if _INDEX in self._entries else None
+                self._index: Any = json.loads(archive.read(self._entries[_INDEX])) if _INDEX in self._entries else None
                 graphs = self._index["graphs"] if self._index else {"model": {}}
                 self.metadata = [self._metadata_of(archive, name) for name in graphs]
             if not self.metadata:

@@ -119,12 +119,12 @@ def _finish(models: Mapping[str, ir.Model], folder: Path, stem: str, external: b
                 held = value.const_value
                 assert held is not None
                 content = held.tobytes()
-                name = label(value.name or "", held.dtype.value, tuple(map(int, held.shape)))
+                named = label(value.name or "", held.dtype.value, tuple(held.shape.numpy()))
                 if external and held.nbytes > _SMALL:
-                    offset, digests[name] = writer.add(content)
+                    offset, digests[named] = writer.add(content)
                     moved.append((value, offset))
                 else:
-                    digests[name] = digest_of(content)
+                    digests[named] = digest_of(content)
             model.metadata_props[DIGEST] = fingerprint(digests)
     if not external:
         unnamed.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ def write_package(graphs: Sequence[Graph], path: Path) -> None:
         InputError: ``path`` ends in something else, or is in no folder.
         ExportError: an example input that is not contiguous, code that does not compile, a disk that is full.
     """
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     if path.suffix != ".pt2" or not path.parent.is_dir():
         raise InputError(f"path={str(path)!r} must end in .pt2, in a folder that is there")
@@ -71,7 +72,7 @@ def write_package(graphs: Sequence[Graph], path: Path) -> None:
 def _compile(program: ExportedProgram, metadata: Mapping[str, str]) -> tuple[list[str], dict[str, Constant]]:
     """The files that AOTInductor makes of ``program``, without its weights, and these by name."""
     made = torch._inductor.aot_compile(
-        program.module(check_guards=False),  # type: ignore[arg-type]
+        program.module(check_guards=False),
         *program.example_inputs,
         options={
             "aot_inductor.package": True,
@@ -126,6 +127,8 @@ class Package:
         self.device = self._device(archive.metadata[0])
         constants = archive.constants(self.device)
         runs = [self._load(name, weights, archive.metadata[0]) for name, weights in constants.items()]
+        if self.device.type != "cpu":
+            free_with(runs, [tensor for weights in constants.values() for tensor in weights.values()])
         self.graphs = tuple(map(PackagedGraph, interfaces, archive.metadata, runs))
 
     def _load(
@@ -160,6 +163,20 @@ class Package:
                 f"{self.path} is compiled for {kind}, which torch does not see here; export it for the CPU"
             )
         return torch.device(kind, torch.cuda.current_device())
+
+
+def free_with(runs: Sequence[Callable[..., Any]], tensors: Sequence[Tensor]) -> None:
+    """Free the memory of ``tensors`` when the last of ``runs`` is gone: torch's handles of weights hold it for good."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
+    left = [len(runs)]
+
+    def one_less() -> None:
+        left[0] -= 1
+        for storage in () if left[0] else storages:
+            storage.resize_(0)
+
+    for run in runs:
+        weakref.finalize(run, one_less).atexit = False
 
 
 class _Sink(io.RawIOBase):

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import pytest
 import torch
-import torch._inductor.package
+import torch._inductor.package.package
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -288,7 +288,7 @@ def test_a_failed_write_leaves_nothing(
         raise error
 
     monkeypatch.setattr(package_module, "_compile", lambda program, metadata: ([], {}))
-    monkeypatch.setattr(torch._inductor.package, "package_aoti", full)
+    monkeypatch.setattr(torch._inductor.package.package, "package_aoti", full)
     with pytest.raises((ExportError, KeyboardInterrupt)) as caught:
         write_package([(program, interface.to_metadata())], path)
     if isinstance(error, OSError):
@@ -299,14 +299,14 @@ def test_a_failed_write_leaves_nothing(
 def test_a_file_that_torch_cut_short_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, interface = exported(toy(), {"image": IMAGE}, ())
     monkeypatch.setattr(package_module, "_compile", lambda program, metadata: ([], {}))
-    monkeypatch.setattr(torch._inductor.package, "package_aoti", lambda path, files: path.write(b"half"))
+    monkeypatch.setattr(torch._inductor.package.package, "package_aoti", lambda path, files: path.write(b"half"))
     with pytest.raises(ExportError, match=r"toy.pt2 is not written: .*cut short"):
         write_package([(program, interface.to_metadata())], tmp_path / "toy.pt2")
     assert not list(tmp_path.iterdir())
 
 
 FULL = """
-import resource, signal, sys, torch, torch._inductor.package
+import resource, signal, sys, torch, torch._inductor.package.package
 from pathlib import Path
 from torch.export.pt2_archive._package import PT2ArchiveWriter
 from bigain_fx.export import package
@@ -316,7 +316,7 @@ def archive(package_path, files):
         writer.write_bytes("data/aotinductor/model/weights", bytes(100_000))
 
 package._compile = lambda program, metadata: ([], {})
-torch._inductor.package.package_aoti = archive
+torch._inductor.package.package.package_aoti = archive
 program = torch.export.export(torch.nn.ReLU(), (torch.zeros(3),))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))

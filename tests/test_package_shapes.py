@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import time
@@ -184,3 +185,15 @@ def test_the_weights_of_two_names_swapped(package: Path, tmp_path: Path) -> None
 
     with pytest.raises(ExportError, match="not those that were exported"):
         bgx.load_package(damaged(package, tmp_path, "index.json", change))
+
+
+def test_memory_on_a_device_is_freed_with_the_last_graph() -> None:
+    """What torch itself would keep for good; a CPU's weights are pages of the file."""
+    runs, weight = [lambda: 1, lambda: 2], torch.ones(4)
+    package_module.free_with(runs, [weight])
+    runs.pop()
+    gc.collect()
+    assert weight.untyped_storage().nbytes() == 16
+    runs.pop()
+    gc.collect()
+    assert weight.untyped_storage().nbytes() == 0

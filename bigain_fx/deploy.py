@@ -16,6 +16,7 @@ from torch import nn
 from bigain_fx.export.retrace import retrace
 from bigain_fx.families import GridHint
 from bigain_fx.passes.errors import ExportError, InputError, first_line
+from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.passes.methods import Method, normalize
 from bigain_fx.report import Report
 from bigain_fx.trace import Example, Traced, cast, check, digest, examples_of, trace
@@ -114,7 +115,8 @@ def export_onnx(
         attention: ``"MultiHeadAttention"``, ONNX Runtime's own operator, or ``"standard"`` for any runtime:
             ``Attention`` from opset 23 on, ``MatMul`` and ``Softmax`` below.
         example_inputs: several ``(args, kwargs)`` in the place of ``args`` and ``kwargs``: one graph is written for
-            each, its name that of ``path`` with the shape of the first input; all share one weight file.
+            each, its name that of ``path`` with the shape of the first input (of all of them, where that is needed to
+            tell two apart); all share one weight file.
         verify: run each file on the CPU and compare it with torch.
 
     Raises:
@@ -171,6 +173,7 @@ def export_package(
     method: Method | Iterable[Method] | None,
     dtype: torch.dtype | None = None,
     grid: GridHint = None,
+    example_inputs: Sequence[Example] | None = None,
 ) -> Report:
     """Compile the rewritten graph of a denoiser ahead of time, with AOTInductor, for the device that it is on.
 
@@ -180,6 +183,11 @@ def export_package(
         model, args, kwargs, method, grid: as for :func:`export_onnx`.
         path: ends in ``.pt2``.
         dtype: of weights and floating inputs; the model's own by default.
+        example_inputs: several ``(args, kwargs)`` in the place of ``args`` and ``kwargs``: the file holds one graph for
+            each, and the weights once; a call is answered by the graph of its inputs' shapes.
+
+    Returns:
+        What was done to the attentions, in the first of several graphs.
 
     Raises:
         InputError: ``path``, ``dtype`` or the inputs are none of these.
@@ -190,14 +198,18 @@ def export_package(
 
     check(model, dtype)
     target = _check_path(path, ".pt2")
-    (example,) = examples_of(args, kwargs, None)
-    traced = trace(cast(model, dtype), *example, normalize(method), grid, dtype, {})
+    original = cast(model, dtype)
+    examples = examples_of(args, kwargs, example_inputs)
+    traced = [trace(original, *example, normalize(method), grid, dtype, {}) for example in examples]
+    _file_names(target, traced)
     try:
-        program = retrace(traced.module, traced.inputs)
+        programs = [retrace(graph.module, graph.inputs) for graph in traced]
     except Exception as error:
         raise ExportError(f"torch.export cannot capture the rewritten graph: {first_line(error)}") from error
-    write_package(program, target, traced.interface.to_metadata())
-    return traced.report
+    write_package(
+        [(program, graph.interface.to_metadata()) for program, graph in zip(programs, traced, strict=True)], target
+    )
+    return traced[0].report
 
 
 def _check_dtypes(model: nn.Module) -> None:
@@ -215,10 +227,16 @@ def _operators(model: Any) -> dict[str, int]:
 
 
 def _file_names(target: Path, traced: Sequence[Traced]) -> list[str]:
-    names = [f"{target.stem}-{'x'.join(map(str, graph.interface.inputs[0].shape))}.onnx" for graph in traced]
-    if len(set(names)) < len(names):
-        raise InputError(f"example_inputs has two of one size among {names}; the first input's shape names the file")
-    return names
+    """A name for each graph: the shape of the first input, and of all of them where that is not enough."""
+    shapes = [
+        ["x".join(map(str, port.shape)) for port in graph.interface.inputs if port.key not in TIMESTEP_INPUTS]
+        for graph in traced
+    ]
+    for taken in (slice(1), slice(None)):
+        names = [f"{target.stem}-{'-'.join(each[taken])}{target.suffix}" for each in shapes]
+        if len(set(names)) == len(names):
+            return names
+    raise InputError(f"example_inputs has two of one size among {names}; the shapes of the inputs tell graphs apart")
 
 
 def _check_path(path: str | Path, suffix: str) -> Path:

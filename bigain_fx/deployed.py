@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,9 +20,12 @@ from torch import Tensor, nn
 
 from bigain_fx.export.interface import Interface, Port
 from bigain_fx.export.package import Package
-from bigain_fx.export.session import Provider, Session
+from bigain_fx.export.ports import dotted, leaves
+from bigain_fx.export.session import Provider, Session, SharedWeights
 from bigain_fx.passes.errors import ExportError, InputError
+from bigain_fx.passes.kv import TIMESTEP_INPUTS
 
+_log = logging.getLogger("bigain_fx")
 File = str | os.PathLike[str]
 
 
@@ -35,12 +40,35 @@ class _Graph:
     def size(self) -> tuple[int, ...]:
         return self.interface.inputs[0].shape
 
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes by which a call chooses its graph: of all inputs but the timestep, which may be a number."""
+        return tuple(port.shape for port in self._ports)
+
+    @property
+    def _ports(self) -> list[Port]:
+        return [port for port in self.interface.inputs if port.key not in TIMESTEP_INPUTS]
+
+    def takes(self, given: Mapping[str, Any]) -> bool:
+        """Whether the tensors among ``given``, by dotted path, have the shapes of this graph."""
+        shapes = {key: tuple(value.shape) for key, value in given.items() if isinstance(value, Tensor)}
+        return all(shapes.get(port.key, port.shape) == port.shape for port in self._ports)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Graph:
+        return self
+
+
+class _MissingError(InputError, AttributeError):
+    """What an exported denoiser lacks: ours, and still what ``hasattr`` looks for."""
+
 
 class DeployedDenoiser(nn.Module):
-    """A denoiser that runs exported graphs; it is called as the original is, and holds no parameters.
+    """A denoiser that runs exported graphs; it is called as the original is. Its weights are the graphs'.
 
     What pipelines read of the original is here too: ``config``, ``dtype``, ``device``, ``add_embedding`` (SDXL) and
-    ``cache_context`` (Flux), and every entry of the config as an attribute.
+    ``cache_context`` (Flux), and every entry of the config as an attribute. Its one parameter is empty: it is what
+    tells dtype and device to whoever asks the parameters for them. Copies share the graphs; pickled, it is the paths of
+    its files.
 
     Attributes:
         interface: what the graph takes, gives and was made from; of several graphs, the first one's.
@@ -48,11 +76,13 @@ class DeployedDenoiser(nn.Module):
         device: where it runs, and its inputs must be.
     """
 
-    def __init__(self, graphs: Sequence[_Graph], device: torch.device) -> None:
+    def __init__(self, graphs: Sequence[_Graph], device: torch.device, opened: tuple[Any, ...] | None) -> None:
         super().__init__()
         self.interface, self.device = graphs[0].interface, device
         self.config = FrozenDict(self.interface.config)
-        self._graphs = {graph.size: graph for graph in graphs}
+        self._graphs, self._opened = tuple(graphs), opened
+        self._warned = False
+        self.placeholder = nn.Parameter(torch.empty(0, dtype=self.dtype, device=device), requires_grad=False)
         self.training = False
 
     @property
@@ -95,16 +125,18 @@ class DeployedDenoiser(nn.Module):
         return _output_class(tuple(output))(**output) if arguments.get("return_dict", True) else tuple(output.values())
 
     def _choose(self, arguments: Mapping[str, Any]) -> _Graph:
+        given = {dotted(path): value for path, value in leaves(arguments)}
+        if found := [graph for graph in self._graphs if graph.takes(given)]:
+            return found[0]
+        if len(self._graphs) == 1:
+            return self._graphs[0]  # which says what is wrong
         first = self.interface.inputs[0]
-        sample = arguments.get(str(first.path[0]))
-        if len(self._graphs) == 1 or not isinstance(sample, Tensor):
-            return next(iter(self._graphs.values()))
-        if graph := self._graphs.get(tuple(sample.shape)):
-            return graph
-        sizes = " or ".join(map(str, sorted(self._graphs)))
+        size = tuple(getattr(given.get(first.key), "shape", first.shape))
+        if near := [graph for graph in self._graphs if graph.size == size]:
+            return near[0]
+        sizes = " or ".join(map(str, sorted({graph.size for graph in self._graphs})))
         raise InputError(
-            f"{first.key} has shape {tuple(sample.shape)}, there are graphs for {sizes}; export that size too with "
-            "example_inputs="
+            f"{first.key} has shape {size}, there are graphs for {sizes}; export that size too with example_inputs="
         )
 
     def train(self, mode: bool = True) -> DeployedDenoiser:
@@ -125,30 +157,68 @@ class DeployedDenoiser(nn.Module):
         except (AssertionError, RuntimeError) as error:
             raise InputError(f"an exported denoiser stays on {self.device}: {error}") from error
         here = f"{self.dtype} on {self.device}"
-        if place != here:
+        if moved.dtype == self.dtype and moved.device.type == "cpu" != self.device.type:
+            if not self._warned:
+                _log.warning(
+                    "an exported denoiser stays on %s, where its graph is compiled for: what offloads it frees nothing",
+                    self.device,
+                )
+            self._warned = True
+        elif place != here:
             raise InputError(f"an exported denoiser stays {here}, it cannot become {place}; export or load it for that")
         return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the weights are the graph's.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "an exported denoiser has its weights in its file; load them into the original, export it again"
+        )
+
+    def __copy__(self) -> DeployedDenoiser:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeployedDenoiser:
+        memo[id(self)] = copied = copy.copy(self)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce__(self) -> Any:
+        if self._opened is None:
+            raise InputError("an exported denoiser with session_options cannot be pickled; open its file anew")
+        return type(self), self._opened
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             config = self.__dict__.get("config", {})
-            if name not in config:
-                raise
-            return config[name]
+            if name in config:
+                return config[name]
+        what = self.__dict__["interface"].model if "interface" in self.__dict__ else "model"
+        raise _MissingError(
+            f"{type(self).__name__} has no {name!r}: it is a fixed graph; change the {what} that it was made of, then "
+            "export that again"
+        )
 
     def extra_repr(self) -> str:
         """Model, method, sizes and device, for ``print``."""
-        return f"{self.interface.model}, {self.interface.method}, {sorted(self._graphs)}, {self.device}"
+        sizes = sorted({graph.size for graph in self._graphs})
+        return f"{self.interface.model}, {self.interface.method}, {sizes}, {self.device}"
 
 
 class OrtDenoiser(DeployedDenoiser):
     """A denoiser of ONNX files, run by ONNX Runtime.
 
     Args:
-        path: a file of ``export_onnx``, or several of one model at different sizes. The first input's shape chooses
-            among them. Each holds the weights in memory once.
+        path: a file of ``export_onnx``, or several of one model at different sizes. The inputs' shapes choose among
+            them. On the CPU, several hold their weights in memory once, which takes ONNX Runtime's repacking of
+            weights, and so some of its speed, away; with ``session_options`` each packs a copy of its own.
         providers: execution providers in order of preference, each a name or ``(name, options)``; by default CUDA where
             torch and ONNX Runtime both have it, then the CPU.
         session_options: an ``onnxruntime.SessionOptions``, for threads and the like.
@@ -164,16 +234,18 @@ class OrtDenoiser(DeployedDenoiser):
         paths = [path] if isinstance(path, str | os.PathLike) else list(path)
         if not paths:
             raise InputError("path is empty; give a file of export_onnx, or several")
-        sessions = [Session(each, providers, session_options) for each in paths]
+        shared = SharedWeights() if len(paths) > 1 else None
+        sessions = [Session(each, providers, session_options, shared) for each in paths]
         graphs = [_ort_graph(session) for session in sessions]
         for session, graph in zip(sessions, graphs, strict=True):
             if _identity(graph.interface) != _identity(graphs[0].interface):
                 raise ExportError(f"{session.path} is of another model, method or weights than {sessions[0].path}")
-        if len({graph.size for graph in graphs}) < len(graphs):
+        if len({graph.sizes for graph in graphs}) < len(graphs):
             raise InputError(
                 f"path={list(map(str, paths))} has two graphs for one size of {sorted(g.size for g in graphs)}"
             )
-        super().__init__(graphs, sessions[0].device)
+        opened = ([os.path.abspath(each) for each in paths], providers) if session_options is None else None
+        super().__init__(graphs, sessions[0].device, opened)
 
 
 class PackagedDenoiser(DeployedDenoiser):
@@ -181,7 +253,10 @@ class PackagedDenoiser(DeployedDenoiser):
 
     def __init__(self, path: File) -> None:
         package = Package(path)
-        super().__init__([_Graph(package.interface, package.run)], package.device)
+        graphs = [_Graph(graph.interface, graph.run) for graph in package.graphs]
+        if len({_identity(graph.interface) for graph in graphs}) > 1 or len({g.sizes for g in graphs}) < len(graphs):
+            raise ExportError(f"{package.path} is damaged: its graphs are not of one model, each of a size of its own")
+        super().__init__(graphs, package.device, (os.path.abspath(path),))
 
 
 def load_package(path: File) -> PackagedDenoiser:
@@ -206,14 +281,14 @@ def _ort_graph(session: Session) -> _Graph:
     return _Graph(interface, lambda inputs: session.run(inputs, outputs))
 
 
-def _identity(interface: Interface) -> tuple[Any, ...]:
+def _identity(interface: Interface) -> str:
     """What graphs of one model have in common at every size."""
 
     def ports(side: Sequence[Port]) -> list[tuple[Any, ...]]:
         return [(port.path, port.dtype) for port in side]
 
     same = (interface.model, interface.method, interface.parameters, dict(interface.config), dict(interface.constants))
-    return (*same, interface.versions.get("weights"), ports(interface.inputs), ports(interface.outputs))
+    return repr((*same, interface.versions.get("weights"), ports(interface.inputs), ports(interface.outputs)))
 
 
 @functools.cache

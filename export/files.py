@@ -6,7 +6,6 @@ graphs, named after its content: a graph never meets weights that are not its ow
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,13 +16,14 @@ from tempfile import TemporaryDirectory
 import onnx
 import onnx_ir as ir
 
+from bigain_fx.export.onnx_file import DIGEST, label, locations
+from bigain_fx.export.weights import WeightWriter, digest_of, fingerprint
 from bigain_fx.passes.errors import ExportError
 
 LIMIT = 2 * 1024**3 - 16 * 1024**2
 """Bytes that a protobuf file may have, less some room for the graph itself."""
 _SMALL = 1024
 _OURS = re.compile(r"[^/\\]+-[0-9a-f]{12}\.data")
-_ALIGNMENT = 4096
 
 
 @contextmanager
@@ -43,8 +43,7 @@ def staging(folder: Path) -> Iterator[Path]:
 
 def save(models: Mapping[str, ir.Model], folder: Path, stem: str) -> None:
     """Write each model under its name into ``folder``, an empty one; weights into ``STEM-<digest>.data`` if need be."""
-    if len(models) > 1 or sum(_nbytes(model) for model in models.values()) > LIMIT:
-        _externalize(models, folder, stem)
+    _finish(models, folder, stem, len(models) > 1 or sum(_nbytes(model) for model in models.values()) > LIMIT)
     for name, model in models.items():
         ir.save(model, folder / name)
 
@@ -71,7 +70,7 @@ def publish(staged: Path, folder: Path) -> int:
         ExportError: a folder has the name of a graph, or a move fails; it says what was moved.
     """
     graphs, data = sorted(staged.glob("*.onnx")), sorted(staged.glob("*.data"))
-    replaced = {weights for graph in graphs for weights in _weights_of(folder / graph.name)}
+    replaced = set[str]().union(*(_weights_of(folder / graph.name) or () for graph in graphs))
     if taken := [graph.name for graph in graphs if (folder / graph.name).is_dir()]:
         raise ExportError(f"{taken[0]!r} is a folder; name another file; nothing was left")
     fresh = [path.name for path in data if not (folder / path.name).exists()]
@@ -89,39 +88,50 @@ def publish(staged: Path, folder: Path) -> int:
             what = f"only {', '.join(written)} was replaced" if written else "nothing was left"
             raise ExportError(f"{path.name!r} cannot be written: {error.strerror or error}; {what}") from error
         moved.append(path.name)
-    if replaced:
-        kept = {weights for graph in folder.glob("*.onnx") for weights in _weights_of(graph)}
-        for name in replaced - kept:
-            (folder / name).unlink(missing_ok=True)
+    for name in replaced - _read_in(folder, replaced):
+        (folder / name).unlink(missing_ok=True)
     return size
+
+
+def _read_in(folder: Path, names: set[str]) -> set[str]:
+    """Those of the weight files ``names`` that a graph in ``folder`` reads; all, where one graph cannot be read."""
+    kept = set[str]()
+    for graph in folder.glob("*.onnx") if names else ():
+        if not graph.is_dir():
+            read = _weights_of(graph)
+            kept |= names if read is None else read
+    return kept
 
 
 def _nbytes(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
-def _externalize(models: Mapping[str, ir.Model], folder: Path, stem: str) -> None:
-    """Move the weights of ``models`` into one file, each distinct one once, and point the graphs at it."""
-    written: dict[bytes, int] = {}
-    tensors: list[tuple[ir.Value, int]] = []
-    whole = hashlib.sha256()
+def _finish(models: Mapping[str, ir.Model], folder: Path, stem: str, external: bool) -> None:
+    """Give each of ``models`` the digest of its weights; write these into one file, if ``external``, to point at it."""
     unnamed = folder / "weights"
+    moved: list[tuple[ir.Value, int]] = []
     with unnamed.open("wb") as file:
+        writer = WeightWriter(file)
         for model in models.values():
+            digests: dict[str, bytes] = {}
             for value in model.graph.initializers.values():
-                if value.const_value is None or value.const_value.nbytes <= _SMALL:
-                    continue
-                content = value.const_value.tobytes()
-                digest = hashlib.sha256(content).digest()
-                if digest not in written:
-                    file.write(bytes(-file.tell() % _ALIGNMENT))
-                    written[digest] = file.tell()
-                    file.write(content)
-                    whole.update(digest)
-                tensors.append((value, written[digest]))
-    location = f"{stem}-{whole.hexdigest()[:12]}.data"
+                held = value.const_value
+                assert held is not None
+                content = held.tobytes()
+                named = label(value.name or "", held.dtype.value, tuple(held.shape.numpy()))
+                if external and held.nbytes > _SMALL:
+                    offset, digests[named] = writer.add(content)
+                    moved.append((value, offset))
+                else:
+                    digests[named] = digest_of(content)
+            model.metadata_props[DIGEST] = fingerprint(digests)
+    if not external:
+        unnamed.unlink()
+        return
+    location = f"{stem}-{writer.digest[:12]}.data"
     os.replace(unnamed, folder / location)
-    for value, offset in tensors:
+    for value, offset in moved:
         held, shape, name = value.const_value, value.shape, value.name
         assert held is not None
         assert shape is not None
@@ -131,11 +141,12 @@ def _externalize(models: Mapping[str, ir.Model], folder: Path, stem: str) -> Non
         )
 
 
-def _weights_of(graph: Path) -> set[str]:
-    """Names of the weight files that ``graph`` reads, if it is there and can be read."""
+def _weights_of(graph: Path) -> set[str] | None:
+    """Names of our weight files that ``graph`` reads, in whatever folder; None if it cannot be read."""
     try:
         model = onnx.load(graph, load_external_data=False)
+        named = locations(model)
     except Exception:
-        return set()
-    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
-    return {entry.value for entry in entries if entry.key == "location" and _OURS.fullmatch(entry.value)}
+        return None
+    # A file of no bytes is a model without a graph.
+    return {name for name in map(os.path.basename, named) if _OURS.fullmatch(name)} if model.graph.output else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import keyword
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -77,9 +77,12 @@ class Interface:
         if "interface" not in metadata or "bigain_fx" not in metadata:
             raise ExportError("not made by bigain-fx: no interface in the metadata; use export_onnx or export_package")
         try:
-            return cls._parse(metadata)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise ExportError(f"the interface in its metadata is malformed ({error!r}); export it again") from error
+            interface = cls._parse(metadata)
+            interface._rehearse()
+        except Exception as error:  # of whatever kind: what follows is the reader's own, on someone else's data
+            what = repr(error).replace("\n", " ")
+            raise ExportError(f"the interface in its metadata is malformed ({what:.300}); export it again") from error
+        return interface
 
     @classmethod
     def _parse(cls, metadata: Mapping[str, str]) -> Interface:
@@ -90,9 +93,8 @@ class Interface:
         names = [port.name for port in inputs + outputs]
         if not inputs or not outputs or len(set(names)) < len(names):
             raise ValueError(f"inputs and outputs {names} must be there, each under its own name")
-        if not all(isinstance(port.path[0], str) for port in inputs) or len({port.key for port in inputs}) < len(
-            inputs
-        ):
+        keys = {port.key for port in inputs}
+        if not all(isinstance(port.path[0], str) for port in inputs) or len(keys) < len(inputs):
             raise ValueError(f"the inputs {names} must be keyword arguments, each its own")
         paths = [port.path for port in outputs]
         if [path for path, _ in leaves(nested([(path, 0) for path in paths]))] != paths:
@@ -101,18 +103,36 @@ class Interface:
         if not all(isinstance(key, int) for key in first) and not all(map(_is_field, first)):
             raise ValueError(f"{paths} do not begin with names of fields")
         sides = [int(side) for side in metadata["grid"].split("x")] if "grid" in metadata else None
+        model, parameters, config = data["model"], data["parameters"], json.loads(metadata["config"])
+        if not all(isinstance(name, str) for name in (model, *parameters)) or not isinstance(parameters, list):
+            raise TypeError(f"{model!r} is no model's name, or {parameters!r} are no parameters")
+        if not all(isinstance(values, dict) for values in (data["defaults"], data["constants"], config)):
+            raise TypeError("defaults, constants and config must be objects")
+        if private := [name for name in config if name.startswith("_")]:  # none is written
+            raise ValueError(f"no model has {private[0]!r} in its config")
         return cls(
-            model=str(data["model"]),
-            parameters=tuple(map(str, data["parameters"])),
-            defaults=dict(data["defaults"]),
+            model=model,
+            parameters=tuple(parameters),
+            defaults=data["defaults"],
             inputs=inputs,
-            constants=dict(data["constants"]),
+            constants=data["constants"],
             outputs=outputs,
-            config=dict(json.loads(metadata["config"])),
+            config=config,
             method=metadata["method"],
             grid=(sides[0], sides[1]) if sides else None,
             versions={str(name): metadata[name] for name in data["versions"]},
         )
+
+    def _rehearse(self) -> None:
+        """Do all that a call does, but for running the graph: what is inconsistent fails here and not there."""
+        meta = torch.device("meta")
+        named = {port.path[0] for port in self.inputs} | {"return_dict"}
+        others = {name: value for name, value in self.defaults.items() if name not in named}
+        given = {dotted(path): value for path, value in leaves(others)}
+        given |= {key: value for key, value in self.constants.items() if value is not None}
+        given |= {port.key: torch.empty(port.shape, dtype=port.torch_dtype, device=meta) for port in self.inputs}
+        self._bring(given, meta)
+        self.output([torch.empty(port.shape, dtype=port.torch_dtype, device=meta) for port in self.outputs])
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A call's arguments by name, defaults included.
@@ -142,6 +162,9 @@ class Interface:
         """
         given = {dotted(path): value for path, value in leaves(self.arguments(args, kwargs))}
         given.pop("return_dict", None)
+        return self._bring(given, device)
+
+    def _bring(self, given: Mapping[str, Any], device: torch.device) -> list[Tensor]:
         ports = {port.key: port for port in self.inputs}
         self._check_constants({key: value for key, value in given.items() if key not in ports})
         for key in ports:
@@ -240,7 +263,9 @@ def _constants(given: Sequence[tuple[Path, Any]], defaults: Mapping[str, Any]) -
 
 
 def _is_field(key: str | int) -> bool:
-    return isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key)
+    """Whether an output class can have a field of that name beside what a dict has."""
+    named = isinstance(key, str) and key.isidentifier() and key.isascii() and not keyword.iskeyword(key)
+    return named and not str(key).startswith("_") and not hasattr(OrderedDict, str(key)) and key != "to_tuple"
 
 
 def _is_plain(value: Any) -> bool:

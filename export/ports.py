@@ -73,10 +73,13 @@ class Port:
         Raises:
             KeyError, TypeError, ValueError: it is none.
         """
-        port = cls(str(data["name"]), tuple(data["path"]), tuple(data["shape"]), str(data["dtype"]))
-        if port.dtype not in _DTYPES or not all(isinstance(size, int) and size >= 0 for size in port.shape):
-            raise ValueError(f"no tensor is {port.shape} {port.dtype}")
-        if not all(isinstance(key, str | int) for key in port.path):
+        name, path, shape, dtype = (data[key] for key in ("name", "path", "shape", "dtype"))
+        if not isinstance(name, str) or not isinstance(path, list) or not isinstance(shape, list):
+            raise TypeError(f"no tensor has the name {name!r}, the path {path!r} and the shape {shape!r}")
+        port = cls(name, tuple(path), tuple(shape), dtype)
+        if dtype not in _DTYPES or not all(type(size) is int and size >= 0 for size in shape):  # True is an int
+            raise ValueError(f"no tensor is {port.shape} {dtype}")
+        if not all(type(key) in (str, int) for key in path):
             raise ValueError(f"no path is {port.path}")
         return port
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +14,11 @@ from torch import Tensor
 
 from bigain_fx.export.interface import Interface
 from bigain_fx.export.ports import packed
+from bigain_fx.export.weights import reading
 from bigain_fx.passes.errors import ExportError, InputError, first_line
+
+if TYPE_CHECKING:
+    from bigain_fx.export.onnx_file import Digests, OnnxFile
 
 Provider = str | tuple[str, dict[str, Any]]
 
@@ -35,6 +38,38 @@ _ELEMENTS: dict[torch.dtype, tuple[str, Any]] = {
 }
 
 
+class Argument(NamedTuple):
+    """An input or an output of a graph, as ONNX Runtime has it."""
+
+    name: str
+    shape: list[Any]
+    type: str
+
+
+class SharedWeights:
+    """Weights that sessions on the CPU hold once, together.
+
+    ONNX Runtime makes a copy of its own of each weight that it packs, or lays out anew, for its fastest kernels. So it
+    does neither here: it runs on the weight file as it lies, mapped.
+    """
+
+    def __init__(self) -> None:
+        self.digests: Digests = {}
+        self._values: dict[tuple[Any, ...], Any] = {}
+
+    def give(self, file: OnnxFile, options: Any) -> None:
+        """Put the weights of ``file`` that are in a file of their own into the session options."""
+        ort = _runtime()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        for weight in file.external:
+            key = (*weight.stretch, weight.shape, weight.dtype)
+            if key not in self._values:
+                mapped = np.require(weight.content().view(weight.dtype).reshape(weight.shape), requirements="A")
+                self._values[key] = ort.OrtValue.ortvalue_from_numpy(mapped)
+            options.add_initializer(weight.name, self._values[key])
+
+
 class Session:
     """One ONNX file, ready to run.
 
@@ -43,32 +78,47 @@ class Session:
         providers: execution providers in order of preference, each a name or ``(name, options)``; by default CUDA where
             torch and ONNX Runtime both have it, then the CPU.
         session_options: an ``onnxruntime.SessionOptions``, for threads and the like.
+        shared: the weights of sessions that are used together, see :class:`SharedWeights`.
+
+    Attributes:
+        metadata: the model's ``metadata_props``.
 
     Raises:
-        ExportError: a file that is missing, cut short or no ONNX model, its external data too.
+        ExportError: a file that is missing, cut short, damaged or no ONNX model, its external data too; weights that
+            are not those that were exported.
         InputError: ONNX Runtime is not installed, or a provider is not to be had.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], providers: Sequence[Provider] | None = None, session_options: Any = None
+        self,
+        path: str | os.PathLike[str],
+        providers: Sequence[Provider] | None = None,
+        session_options: Any = None,
+        shared: SharedWeights | None = None,
     ) -> None:
         ort = _runtime()
         self.path = Path(path)
         given = [providers] if isinstance(providers, str) else providers
         wanted = list(given) if given is not None else _default_providers(ort)
+        _check_available(wanted, ort.get_available_providers())
+        self._shared = shared or SharedWeights()
+        from bigain_fx.export import onnx_file
+
+        file = onnx_file.read(self.path, self._shared.digests)
+        self.metadata = file.metadata
         if session_options is None:
             session_options = ort.SessionOptions()
             session_options.log_severity_level = 3  # else it warns of each constant that it does not fold
-        _check_available(wanted, ort.get_available_providers())
-        _check_file(self.path)
+            if shared and set(map(_name, wanted)) == {_CPU}:
+                self._shared.give(file, session_options)
         try:
             # Without this, a provider that fails to start is replaced by the CPU with no more than a printed line.
             self._session = ort.InferenceSession(
                 os.fspath(self.path), sess_options=session_options, providers=wanted, enable_fallback=0
             )
-        except (TypeError, ValueError) as error:
-            raise InputError(f"providers={wanted!r}: {first_line(error)}") from error
         except Exception as error:
+            if isinstance(error, TypeError | ValueError) and not isinstance(error, UnicodeError):
+                raise InputError(f"providers={wanted!r}: {first_line(error)}") from error
             raise ExportError(f"ONNX Runtime cannot load {self.path}: {first_line(error)}") from error
         active = self._session.get_providers()
         if dropped := [name for name in map(_name, wanted) if name not in active]:
@@ -77,12 +127,11 @@ class Session:
                 f"CUDA or cuDNN is another version than torch's {torch.version.cuda}"
             )
         self.device = self._device(active)
-        self._inputs, self._outputs = self._session.get_inputs(), self._session.get_outputs()
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The model's ``metadata_props``."""
-        return dict(self._session.get_modelmeta().custom_metadata_map)
+        with reading(self.path):
+            self._inputs, self._outputs = (
+                [Argument(each.name, list(each.shape), each.type) for each in side]
+                for side in (self._session.get_inputs(), self._session.get_outputs())
+            )
 
     def check(self, interface: Interface) -> None:
         """Check that the graph takes and gives what ``interface`` says.
@@ -92,7 +141,7 @@ class Session:
         """
         for ports, arguments in ((interface.inputs, self._inputs), (interface.outputs, self._outputs)):
             said = [(port.name, list(port.shape), _ELEMENTS.get(port.torch_dtype, (port.dtype,))[0]) for port in ports]
-            found = [(argument.name, argument.shape, argument.type) for argument in arguments]
+            found = [tuple(argument) for argument in arguments]
             if said != found:
                 raise ExportError(f"{self.path}: the graph has {found}, its metadata says {said}; export it again")
 
@@ -165,29 +214,3 @@ def _check_available(wanted: Sequence[Provider], available: Sequence[str]) -> No
         if name not in available:
             package = "; onnxruntime-gpu in onnxruntime's place has it" if name in _ON_CUDA else ""
             raise InputError(f"provider {name} is not in this onnxruntime, which has {list(available)}{package}")
-
-
-def _check_file(path: Path) -> None:
-    import onnx
-
-    if not path.is_file():
-        raise ExportError(f"{path} is not there")
-    try:
-        graph = onnx.load(os.fspath(path), load_external_data=False).graph
-    except Exception as error:
-        raise ExportError(f"{path} is cut short, or no ONNX file: {first_line(error)}") from error
-    if not graph.output:
-        raise ExportError(f"{path} holds no graph; it is cut short, or no ONNX file")
-    needed: dict[str, int] = {}
-    for tensor in graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            where = {entry.key: entry.value for entry in tensor.external_data}
-            width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-            size = int(where.get("length", math.prod(tensor.dims) * width))
-            needed[where["location"]] = max(needed.get(where["location"], 0), int(where.get("offset", 0)) + size)
-    for location, size in needed.items():
-        data = path.parent / location
-        if not data.is_file():
-            raise ExportError(f"{path} has its weights in {data} ({size} bytes), which is not there")
-        if data.stat().st_size < size:
-            raise ExportError(f"{path} has its weights in {data}: {size} bytes, but {data.stat().st_size} are there")

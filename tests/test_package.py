@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import pytest
 import torch
-import torch._inductor
+import torch._inductor.package.package
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -24,8 +24,10 @@ from torch.utils import _pytree as pytree
 import bigain_fx as bgx
 from bigain_fx.capture import CallBinder, capture, flat_tensors
 from bigain_fx.deployed import PackagedDenoiser, load_package
+from bigain_fx.export import package as package_module
+from bigain_fx.export.archive import read_metadata
 from bigain_fx.export.interface import Interface, describe
-from bigain_fx.export.package import Package, read_metadata, write_package
+from bigain_fx.export.package import Package, write_package
 from bigain_fx.families import resolve
 from bigain_fx.passes.errors import ExportError
 from bigain_fx.passes.methods import normalize
@@ -109,7 +111,7 @@ def test_the_metadata_is_read_without_loading(package: Path) -> None:
     assert found.grid is not None
     assert replace(found, grid=None) == interface
     assert metadata["AOTI_DEVICE_KEY"] == "cpu"
-    assert Package(package).metadata == metadata
+    assert Package(package).graphs[0].metadata == metadata
 
 
 ELSEWHERE = """
@@ -178,7 +180,7 @@ SCHEDULED = (bgx.LaplacianMerge(0.5), bgx.KVDownsample(2, bgx.LinearAlpha()))
 def test_denoisers(make: Any, kwargs: dict[str, Any], methods: Any, tmp_path: Path) -> None:
     program, interface = exported(make(), kwargs, methods)
     path = tmp_path / "denoiser.pt2"
-    write_package(program, path, interface.to_metadata())
+    write_package([(program, interface.to_metadata())], path)
     expected = reference(make(), kwargs, methods).sample
     deployed = load_package(path)
     torch.testing.assert_close(deployed(**kwargs).sample, expected, atol=1e-5, rtol=1e-5)
@@ -201,7 +203,12 @@ def damage(kind: str, path: Path) -> None:
     else:
         with zipfile.ZipFile(path) as archive:
             entries = {name: archive.read(name) for name in archive.namelist()}
-        keep = {"other zip": "byteorder", "no code": "json", "no metadata": ".so"}[kind]
+        keep = {
+            "other zip": "byteorder",
+            "no code": ("json", "weights"),
+            "no metadata": (".so", "weights", "index.json"),
+            "no weights": (".so", "json"),
+        }[kind]
         with zipfile.ZipFile(path, "w") as archive:
             for name, content in entries.items():
                 if name.endswith(keep):
@@ -218,7 +225,8 @@ def damage(kind: str, path: Path) -> None:
         ("one byte less", "toy.pt2 is cut short, or no AOTInductor package"),
         ("other zip", "toy.pt2 is an archive, but no whole AOTInductor package"),
         ("no metadata", "toy.pt2 is an archive, but no whole AOTInductor package"),
-        ("no code", "torch .* cannot load .*toy.pt2, made with torch"),
+        ("no code", "toy.pt2 is damaged .*its weights or its code are not those that were exported"),
+        ("no weights", "toy.pt2 is damaged .*bigain/weights"),
     ],
 )
 def test_a_damaged_package(package: Path, tmp_path: Path, kind: str, message: str) -> None:
@@ -227,6 +235,15 @@ def test_a_damaged_package(package: Path, tmp_path: Path, kind: str, message: st
     with pytest.raises(ExportError, match=message) as caught:
         load_package(path)
     assert "\n" not in str(caught.value)
+
+
+def test_code_that_torch_cannot_load(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise RuntimeError("undefined symbol\nand more")
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", fails)
+    with pytest.raises(ExportError, match=r"torch .* cannot load .*toy.pt2, made with torch .*: undefined symbol$"):
+        load_package(package)
 
 
 def rewritten_metadata(package: Path, path: Path, metadata: str) -> Path:
@@ -274,13 +291,14 @@ def test_a_failed_write_leaves_nothing(
     if before is not None:
         path.write_bytes(before)
 
-    def full(program: ExportedProgram, package_path: IO[bytes], **options: Any) -> None:
+    def full(package_path: IO[bytes], files: Any) -> None:
         package_path.write(b"half")
         raise error
 
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", full)
+    monkeypatch.setattr(package_module, "_compile", lambda program, metadata: ([], {}))
+    monkeypatch.setattr(torch._inductor.package.package, "package_aoti", full)
     with pytest.raises((ExportError, KeyboardInterrupt)) as caught:
-        write_package(program, path, interface.to_metadata())
+        write_package([(program, interface.to_metadata())], path)
     if isinstance(error, OSError):
         assert str(caught.value) == f"{path} is not written: [Errno 28] No space left on device"
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == ([("toy.pt2", before)] if before else [])
@@ -288,30 +306,30 @@ def test_a_failed_write_leaves_nothing(
 
 def test_a_file_that_torch_cut_short_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, interface = exported(toy(), {"image": IMAGE}, ())
-    monkeypatch.setattr(
-        torch._inductor, "aoti_compile_and_package", lambda program, package_path, **_: package_path.write(b"half")
-    )
+    monkeypatch.setattr(package_module, "_compile", lambda program, metadata: ([], {}))
+    monkeypatch.setattr(torch._inductor.package.package, "package_aoti", lambda path, files: path.write(b"half"))
     with pytest.raises(ExportError, match=r"toy.pt2 is not written: .*cut short"):
-        write_package(program, tmp_path / "toy.pt2", interface.to_metadata())
+        write_package([(program, interface.to_metadata())], tmp_path / "toy.pt2")
     assert not list(tmp_path.iterdir())
 
 
 FULL = """
-import resource, signal, sys, torch, torch._inductor
+import resource, signal, sys, torch, torch._inductor.package.package
 from pathlib import Path
 from torch.export.pt2_archive._package import PT2ArchiveWriter
-from bigain_fx.export.package import write_package
+from bigain_fx.export import package
 
-def archive(program, package_path, **options):
+def archive(package_path, files):
     with PT2ArchiveWriter(package_path) as writer:
         writer.write_bytes("data/aotinductor/model/weights", bytes(100_000))
 
-torch._inductor.aoti_compile_and_package = archive
+package._compile = lambda program, metadata: ([], {})
+torch._inductor.package.package.package_aoti = archive
 program = torch.export.export(torch.nn.ReLU(), (torch.zeros(3),))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 try:
-    write_package(program, Path(sys.argv[1]), {"a": "b"})
+    package.write_package([(program, {"a": "b"})], Path(sys.argv[1]))
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -337,7 +355,7 @@ def test_without_a_compiler(tmp_path: Path) -> None:
         torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "no-such-compiler"),)}),
         pytest.raises(ExportError, match=r"toy.pt2 is not written: ") as caught,
     ):
-        write_package(program, tmp_path / "toy.pt2", interface.to_metadata())
+        write_package([(program, interface.to_metadata())], tmp_path / "toy.pt2")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -346,17 +364,17 @@ def test_without_a_compiler(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be(tmp_path: Path, name: str) -> None:
     program, interface = exported(toy(), {"image": IMAGE}, ())
     with pytest.raises(bgx.InputError, match=r"path=.* must end in .pt2, in a folder that is there"):
-        write_package(program, tmp_path / name, interface.to_metadata())
+        write_package([(program, interface.to_metadata())], tmp_path / name)
 
 
 def test_a_strided_example_is_refused(tmp_path: Path) -> None:
     program, interface = exported(toy(), {"image": IMAGE.to(memory_format=torch.channels_last)}, ())
     with pytest.raises(ExportError, match="example input 0 is not contiguous"):
-        write_package(program, tmp_path / "toy.pt2", interface.to_metadata())
+        write_package([(program, interface.to_metadata())], tmp_path / "toy.pt2")
 
 
 def test_a_tensor_is_an_output(package: Path) -> None:
-    interface = Package(package).interface
+    interface = Package(package).graphs[0].interface
     assert [(port.name, port.path) for port in interface.outputs] == [("out_image", ())]
     assert replace(interface, grid=(4, 6)).grid == (4, 6)
     assert interface.parameters == tuple(inspect.signature(toys.Separate.forward).parameters)[1:]

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from bigain_fx import demo_onnx, demo_report, embedded
 from bigain_fx.classify import DiffusionClassifier
+from bigain_fx.compilers import check_compiler
 from bigain_fx.demo_report import Variant
 from bigain_fx.denoiser import optimize
 from bigain_fx.deploy import onnx_missing
@@ -173,13 +174,7 @@ def check_backend(backend: str) -> None:
     Raises:
         InputError: ``torch.compile`` does not know it, or inductor has no C++ compiler or no Python headers.
     """
-    from torch._dynamo.backends.registry import lookup_backend
-    from torch._dynamo.exc import InvalidBackend
-
-    try:
-        lookup_backend(backend)
-    except InvalidBackend:
-        raise InputError(f"backend={backend!r} is not known to torch.compile; choose inductor or eager") from None
+    check_compiler(backend)
     if backend == "inductor" and (missing := _missing_for_inductor()):
         raise InputError(f"backend='inductor' needs {missing}, not found here; install it, or run with --backend eager")
 

@@ -88,7 +88,7 @@ def plain_number(value: Any) -> Any:
 def _as_tensor(name: str, value: Any) -> Tensor:
     try:
         return torch.as_tensor(value)
-    except (OverflowError, RuntimeError) as error:
+    except (OverflowError, RuntimeError, ValueError) as error:
         raise InputError(f"{checks.told(name, value)} must be a number that int64 can hold") from error
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bigain_fx.export.interface import Interface, Port
 from bigain_fx.export.package import Package
 from bigain_fx.export.session import Provider, Session
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import ExportError, InputError
 
 File = str | os.PathLike[str]
@@ -161,7 +162,7 @@ class OrtDenoiser(DeployedDenoiser):
     def __init__(
         self, path: File | Sequence[File], providers: Sequence[Provider] | None = None, session_options: Any = None
     ) -> None:
-        paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+        paths = [checks.path("path", each) for each in (path if isinstance(path, list | tuple) else (path,))]
         if not paths:
             raise InputError("path is empty; give a file of export_onnx, or several")
         sessions = [Session(each, providers, session_options) for each in paths]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bigain_fx.embedded import NAMES
 from bigain_fx.embedded import load as load_embedded
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import InputError, first_line
 
 TEXT_TOKENS = {
@@ -105,10 +106,9 @@ def load(
         InputError: nothing of that name, a size or a number of layers that does not fit, a class whose inputs are not
             known.
     """
-    if size is not None and (size < 1 or size % 2):
-        raise InputError(f"size={size!r} must be a positive even number of latent pixels")
-    if batch < 1:
-        raise InputError(f"batch={batch!r} must be at least 1")
+    if size is not None and (not checks.counts(size, most=checks.MANY) or size % 2):
+        raise InputError(f"{checks.told('size', size)} must be a positive even number of latent pixels")
+    checks.integer("batch", batch, least=1, most=checks.MANY)
     fewer = _fewer_layers(name, layers) if layers is not None else {}
     torch.manual_seed(seed)
     if name in NAMES:
@@ -261,7 +261,7 @@ def _from_folder(folder: Path) -> nn.Module:
             try:
                 class_name = json.loads(config.read_text())["_class_name"]
                 model: nn.Module = _class(class_name).from_pretrained(candidate, local_files_only=True)  # type: ignore[attr-defined]
-            except (KeyError, ValueError, OSError) as error:
+            except (KeyError, ValueError, TypeError, OSError, RecursionError) as error:
                 raise InputError(f"model={str(folder)!r} cannot be loaded: {first_line(error)}") from error
             return model
     raise InputError(f"model={str(folder)!r} holds no config.json of a denoiser, nor a unet or transformer folder")

@@ -97,7 +97,7 @@ def load_pipeline(model: str) -> Any:
 
     try:
         return DiffusionPipeline.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever the loaders of its parts raise
         raise InputError(f"model={model!r} cannot be loaded: {first_line(error)}") from error
 
 

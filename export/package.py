@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from bigain_fx.export.interface import Interface
 from bigain_fx.export.ports import packed
 from bigain_fx.export.retrace import quiet
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import ExportError, InputError, first_line
 from bigain_fx.passes.ops.kernels import without_kernels
 
@@ -98,7 +99,7 @@ class Package:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = checks.path("path", path)
         self.metadata = read_metadata(self.path)
         try:
             self.interface = Interface.from_metadata(self.metadata)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bigain_fx.export.interface import Interface
 from bigain_fx.export.ports import packed
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import ExportError, InputError, first_line
 
 Provider = str | tuple[str, dict[str, Any]]
@@ -53,8 +54,12 @@ class Session:
         self, path: str | os.PathLike[str], providers: Sequence[Provider] | None = None, session_options: Any = None
     ) -> None:
         ort = _runtime()
-        self.path = Path(path)
+        self.path = checks.path("path", path)
         given = [providers] if isinstance(providers, str) else providers
+        _check_providers(given)
+        if session_options is not None and not isinstance(session_options, ort.SessionOptions):
+            told = checks.told("session_options", session_options)
+            raise InputError(f"{told} must be an onnxruntime.SessionOptions, or None")
         wanted = list(given) if given is not None else _default_providers(ort)
         if session_options is None:
             session_options = ort.SessionOptions()
@@ -147,6 +152,15 @@ def _runtime() -> ModuleType:
         ) from error
     module: ModuleType = onnxruntime
     return module
+
+
+def _check_providers(providers: Any) -> None:
+    several = providers is None or isinstance(providers, list | tuple)
+    for provider in providers or () if several else ():
+        pair = isinstance(provider, tuple) and len(provider) == 2 and isinstance(provider[1], dict)
+        several &= isinstance(provider[0] if pair else provider, str)
+    if not several:
+        raise InputError(f"{checks.told('providers', providers)} must be names of providers, or (name, options)")
 
 
 def _name(provider: Provider) -> str:

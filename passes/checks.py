@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from bigain_fx.passes.errors import BigainError, InputError
 INT64 = 2**63 - 1
 SEED = 2**42
 """A seed lies within this, above and below: it is multiplied by a million and more to number images."""
+MANY = 10**6
+"""More rows, pairs or images than any call has."""
 FLOAT32 = 3.4028234663852886e38
 LENGTH = 100
 
@@ -54,6 +56,14 @@ def number(name: str, value: Any, *, right: str = "a finite number", error: Kind
     if not real or not -FLOAT32 <= value <= FLOAT32:  # which NaN is not
         raise error(f"{told(name, value)} must be {right}")
     return value if type(value) is int else float(value)
+
+
+def integers(name: str, values: Any, *, right: str) -> tuple[int, ...]:
+    """``values``, several integers, as a tuple."""
+    several = isinstance(values, Sequence) and not isinstance(values, str | bytes)
+    if not several or not all(counts(value, -INT64) for value in values):
+        raise InputError(f"{told(name, values)} must be {right}")
+    return tuple(map(int, values))
 
 
 def choice(name: str, value: Any, choices: Collection[str], *, error: Kind = InputError) -> str:

@@ -21,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bigain_fx.classify import Classification, DiffusionClassifier
+from bigain_fx.classify import Classification, DiffusionClassifier, check_rounds
 from bigain_fx.denoiser import OptimizedDenoiser, optimize
 from bigain_fx.embedded.features import as_bytes
 from bigain_fx.embedded.train import save_atomically
 from bigain_fx.noising import Noising
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import InputError, first_line
 from bigain_fx.passes.methods import Methods
 from bigain_fx.sample import predict, sample
@@ -72,6 +73,13 @@ class Settings:
     steps: int = 20
     guidance: float = 2.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_rounds(self.n_samples, self.to_keep)
+        for name in ("batch", "steps"):
+            checks.integer(name, getattr(self, name), least=1, most=checks.MANY)
+        checks.number("guidance", self.guidance)
+        checks.integer("seed", self.seed, least=-checks.SEED, most=checks.SEED)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from bigain_fx.demo_report import Variant
 from bigain_fx.denoiser import optimize
 from bigain_fx.deploy import onnx_missing
 from bigain_fx.embedded.data import Images, data_set
-from bigain_fx.passes.errors import InputError
+from bigain_fx.passes.checks import told
+from bigain_fx.passes.errors import InputError, first_line
 from bigain_fx.passes.grammar import parse
 from bigain_fx.sample import predict, sample
 from bigain_fx.stopwatch import interleaved
@@ -200,11 +201,13 @@ def make_folder(out: Path) -> None:
     Raises:
         InputError: it is a file, or cannot be made or written to.
     """
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not out.is_dir():
         raise InputError(f"out={str(out)!r} is a file; name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out={str(out)!r} cannot be made ({error.strerror}); name another folder") from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{told('out', str(out))} cannot be made ({first_line(error)}); name another folder"
+        ) from error
     if not os.access(out, os.W_OK):
         raise InputError(f"out={str(out)!r} cannot be written to; name another folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -225,8 +226,8 @@ def _file_names(target: Path, traced: Sequence[Traced]) -> list[str]:
 
 def _check_path(path: str | Path, suffix: str) -> Path:
     target = checks.path("path", path)
-    if target.suffix != suffix or not target.parent.is_dir():
-        raise InputError(f"path={str(path)!r} must end in {suffix}, in a folder that is there")
+    if target.suffix != suffix or not os.path.isdir(target.parent):
+        raise InputError(f"{checks.told('path', str(path))} must end in {suffix}, in a folder that is there")
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,16 +120,27 @@ def load(
         config = config | fewer | ({"sample_size": size} if size and "sample_size" in config else {})
         with torch.device(device):
             model = _class(class_name)(**config)
-    elif Path(name).is_dir():
+    elif os.path.isdir(name):
         model = _from_folder(Path(name)).to(device)
         _check_position_size(name, model, size)
     else:
-        raise InputError(f"model={name!r} is neither a folder nor one of {', '.join((*NAMES, *KNOWN))}")
+        raise InputError(f"{checks.told('model', name)} is neither a folder nor one of {', '.join((*NAMES, *KNOWN))}")
     # diffusers' own .to() warns about modules to keep in float32 even where a class has none.
     model = nn.Module.to(model, dtype).eval().requires_grad_(False)
     size = size or _own_size(model)
     grid = (size // 2, size // 2) if type(model).__name__ == "FluxTransformer2DModel" else None
     return Workload(name + f"-{layers}layers" * bool(fewer), model, (), example_inputs(model, size, batch), grid)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not see.
+
+    Raises:
+        InputError: with its name.
+    """
+    checks.choice("device", name, ("cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device='cuda': torch sees no CUDA device here; use --device cpu")
 
 
 def _fewer_layers(name: str, layers: int) -> dict[str, Any]:

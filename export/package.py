@@ -70,7 +70,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         ExportError: a file that is missing, cut short or no package.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ExportError(f"{path} is not there")
     if not zipfile.is_zipfile(path):  # the directory of an archive is at its end
         raise ExportError(f"{path} is cut short, or no AOTInductor package")

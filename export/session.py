@@ -184,7 +184,7 @@ def _check_available(wanted: Sequence[Provider], available: Sequence[str]) -> No
 def _check_file(path: Path) -> None:
     import onnx
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ExportError(f"{path} is not there")
     try:
         graph = onnx.load(os.fspath(path), load_external_data=False).graph

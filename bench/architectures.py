@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from bigain_fx import command_line
 from bigain_fx.bench import BenchError, result
 from bigain_fx.capture import CallBinder, capture
 from bigain_fx.passes.errors import CaptureError
@@ -236,7 +237,7 @@ def _shorter(names: list[str]) -> list[str]:
 def load(path: Path) -> dict[str, Any]:
     """The rows of ``path``; none where they are of other versions, or the file is not there."""
     versions = {name: version for name, version in result.versions().items() if name in VERSIONS}
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    found = result.rows(path, ("family",))
     return found if found.get("versions") == versions else {"versions": versions, "rows": []}
 
 
@@ -273,4 +274,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

@@ -24,9 +24,11 @@ import torch
 import typer
 from rich.console import Console
 
+from bigain_fx import command_line
 from bigain_fx.bench import BenchError, result
 from bigain_fx.capture import CallBinder, capture, flat_tensors
 from bigain_fx.models import KNOWN, Workload, example_inputs, load
+from bigain_fx.passes import checks
 from bigain_fx.passes.grammar import parse
 from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.pipeline import rewrite
@@ -186,6 +188,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for the JSON and the Markdown")] = Path("bigain-bench"),
 ) -> None:
     """Time how long LAYOUTS take to compile in fresh processes, dense and rewritten."""
+    checks.integer("rounds", rounds, least=1, most=checks.MANY)
     result.prepare(out)
     console = Console()
     for name in layouts:
@@ -201,4 +204,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

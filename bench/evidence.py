@@ -20,14 +20,15 @@ import typer
 from rich.console import Console
 
 import bigain_fx as bgx
-from bigain_fx import embedded
-from bigain_fx.bench import evidence_document, evidence_figures
+from bigain_fx import command_line, embedded
+from bigain_fx.bench import evidence_document, evidence_figures, result
 from bigain_fx.bench.evidence_document import BETTER
 from bigain_fx.embedded.data import Images, data_set
 from bigain_fx.embedded.train import save_atomically
 from bigain_fx.evidence import spectrum_report
 from bigain_fx.evidence.evaluate import Settings
 from bigain_fx.evidence.run import evaluate
+from bigain_fx.passes import checks
 from bigain_fx.passes.grammar import parse, parse_list
 from bigain_fx.passes.methods import KVDownsample, LaplacianMerge, Methods
 
@@ -106,13 +107,16 @@ def run(
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's default")] = 0,
 ) -> None:
     """Measure MODELS, then write the document from all results that are there."""
-    if threads:
+    if checks.integer("threads", threads, least=0, most=1024):
         torch.set_num_threads(threads)
+    if unknown := set(models.split(",")) - set(embedded.NAMES):
+        names = ", ".join(embedded.NAMES)
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))} is none of {names}", param_hint="--models")
     settings = Settings(n_samples=(1, 2), steps=3) if quick else Settings()
     wanted = set(studies.split(","))
     if unknown := wanted - set(NAMES):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))} is none of {', '.join(NAMES)}", param_hint="--studies")
-    out.mkdir(parents=True, exist_ok=True)
+    result.prepare(out)
     for model in models.split(","):
         images = 2 if quick else 16
         file = out / f"{model}-calibration.json"
@@ -124,7 +128,7 @@ def run(
             Console().print(f"{model}: {study.name}")
             most = FEWER if model in SLOW else (study.images, study.generated)
             evaluate(
-                model, methods_of(study, json.loads(file.read_text())), out, name=f"{model}-{study.name}",
+                model, methods_of(study, result.read(file)), out, name=f"{model}-{study.name}",
                 work=work / model, images=min(study.images, most[0]), generate=min(study.generated, most[1]),
                 settings=settings,
                 timed=timed and study.name == "main", backend="eager" if quick else "inductor",
@@ -172,7 +176,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     names = {f"{model}-{study}": f"{model}-{study}.json" for model in embedded.NAMES for study in NAMES}
     names |= {f"{model}-spectrum": f"{model}-spectrum/spectrum.json" for model in embedded.NAMES}
     files = {name: folder / path for name, path in names.items()}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    return {name: result.read(file) for name, file in files.items() if file.is_file()}
 
 
 def reading(folder: Path) -> str:
@@ -196,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     app = typer.Typer(add_completion=False)
     app.command()(run)
-    app(list(arguments) if arguments is not None else None)
+    command_line.ending_well(lambda: app(list(arguments) if arguments is not None else None))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from bigain_fx import command_line
 from bigain_fx.bench import figure, result
+from bigain_fx.compilers import check_compiler
+from bigain_fx.models import check_device
+from bigain_fx.passes import checks
 from bigain_fx.passes.ops import window_sides
 from bigain_fx.stopwatch import interleaved, synchronizer
 
@@ -102,6 +106,10 @@ def main(
     sizes: Annotated[int, typer.Option(help="only the first so many")] = len(SIDES),
 ) -> None:
     """Time the plan at every size, and write the table and the figure."""
+    check_device(device)
+    check_compiler(backend)
+    checks.integer("rounds", rounds, least=1, most=checks.MANY)
+    checks.integer("sizes", sizes, least=1, most=len(SIDES))
     result.prepare(out)
     about = result.about(torch.device(device), "growth")
     rows: list[dict[str, Any]] = []
@@ -119,4 +127,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

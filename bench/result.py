@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import torch
 import bigain_fx
 from bigain_fx.bench import BenchError
 from bigain_fx.bench.timing import Estimate, decibels
+from bigain_fx.passes.checks import told
+from bigain_fx.passes.errors import first_line
 
 MB = 1e6
 COLUMNS = (
@@ -223,6 +226,31 @@ def command(arguments: Iterable[str] | None = None) -> str:
     return shlex.join(cut)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What :func:`write` left at ``path``.
+
+    Raises:
+        BenchError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BenchError(f"{str(path)!r} cannot be read ({first_line(error)}); measure again without it") from error
+    if not isinstance(found, dict):
+        raise BenchError(f"{str(path)!r} holds no result; measure again without it")
+    return found
+
+
+def rows(path: Path, keys: Collection[str]) -> dict[str, Any]:
+    """What :func:`read` finds, its ``rows`` with ``keys``; no rows where the file is not there, or damaged."""
+    try:
+        found = read(path)
+        whole = all(row.keys() >= set(keys) for row in found["rows"])
+    except (BenchError, KeyError, TypeError, AttributeError):
+        whole = False
+    return found if whole else {"rows": []}
+
+
 def prepare(folder: Path) -> None:
     """Make ``folder`` and see that files can be written there.
 
@@ -233,8 +261,9 @@ def prepare(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise BenchError(f"out={folder.name!r} cannot be written: {error.strerror}; name a folder that can") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise BenchError(f"{told('out', folder.name)} cannot be written: {reason}; name a folder that can") from error
 
 
 def write(path: Path, text: str) -> None:
@@ -250,5 +279,6 @@ def write(path: Path, text: str) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise BenchError(f"{path.name!r} cannot be written: {error.strerror}; name another folder") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise BenchError(f"{told('file', path.name)} cannot be written: {reason}; name another folder") from error

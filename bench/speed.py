@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +26,7 @@ COLUMNS = (
 def load(folder: Path, names: Iterable[str]) -> list[Result]:
     """The results of ``names`` that are in ``folder``, in this order."""
     files = [folder / f"{name}.json" for name in names]
-    return [json.loads(file.read_text()) | {"file": file.stem} for file in files if file.is_file()]
+    return [result.read(file) | {"file": file.stem} for file in files if file.is_file()]
 
 
 def to_markdown(results_of: Mapping[str, Sequence[Result]]) -> str:

@@ -11,10 +11,12 @@ import torch
 import typer
 from rich.console import Console
 
+from bigain_fx import command_line
 from bigain_fx.bench import result
 from bigain_fx.bench.parts import DECISIONS, PLAN, split
 from bigain_fx.cli import Dtype
-from bigain_fx.models import load
+from bigain_fx.models import check_device, load
+from bigain_fx.passes import checks
 from bigain_fx.passes.grammar import parse
 
 
@@ -52,13 +54,16 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for the JSON and the Markdown")] = Path("bigain-bench"),
 ) -> None:
     """Divide one call of MODEL into score, match, select, merge, unmerge, attention, linear, convolution and rest."""
+    check_device(device)
+    checks.integer("rounds", rounds, least=1, most=checks.MANY)
+    methods = parse(method)
     result.prepare(out)
     about = result.about(torch.device(device), "split")
     workload = load(model, size=size, batch=batch, device=device, dtype=getattr(torch, dtype), layers=layers)
     found = {
         "workload": Path(workload.name).name, "size": size, "batch": batch, "method": method, "dtype": dtype.value,
         "rounds": rounds, **about,
-    } | split(workload, parse(method), rounds)  # fmt: skip
+    } | split(workload, methods, rounds)  # fmt: skip
     side = [str(size)] if size else []
     stem = "-".join(["split", device, found["workload"], *side, f"batch{batch}", dtype.value, method.replace(":", "-")])
     result.write(out / f"{stem}.md", to_markdown(found))
@@ -67,4 +72,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

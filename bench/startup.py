@@ -22,7 +22,10 @@ import torch
 import typer
 from rich.console import Console
 
+from bigain_fx import command_line
 from bigain_fx.bench import BenchError, result, timing
+from bigain_fx.passes import checks
+from bigain_fx.passes.grammar import parse
 
 ROWS = {
     "optimize, empty cache": "optimize", "optimize, filled cache": "optimize", "export_package": "package",
@@ -164,6 +167,8 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for the JSON and the Markdown")] = Path("bigain-bench"),
 ) -> None:
     """Time MODEL to its first step in fresh processes: optimized, as a package, as ONNX."""
+    checks.integer("rounds", rounds, least=1, most=checks.MANY)
+    parse(methods)
     result.prepare(out)
     about = result.about(torch.device("cpu"), "startup")
     with tempfile.TemporaryDirectory() as folder:
@@ -179,4 +184,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

@@ -6,7 +6,6 @@ already, by the same command and versions, is not measured again. The table and 
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from bigain_fx import command_line
 from bigain_fx.bench import BenchError, result, speed
+from bigain_fx.passes import checks
 
 LAUNCH = "import sys; from bigain_fx.cli import main; sys.argv[0] = 'bigain-fx'; main()"
 SAME = ("torch", "bigain_fx")
@@ -64,12 +65,13 @@ class Run:
     def is_done(self, folder: Path) -> bool:
         """Whether ``folder`` has its result, by the same command and versions."""
         file = folder / f"{self.name}.json"
-        if not file.is_file():
+        versions, mine = result.versions(), result.command(["bigain-fx", *self.command()]) + " --out "
+        try:
+            found = result.read(file)
+            same_versions = all(found["versions"][name] == versions[name] for name in SAME)
+            return same_versions and bool(found["command"].startswith(mine))
+        except (BenchError, KeyError, TypeError, AttributeError):  # it is not there, or damaged
             return False
-        found = json.loads(file.read_text())
-        versions = result.versions()
-        same_versions = all(found["versions"][name] == versions[name] for name in SAME)
-        return same_versions and found["command"].startswith(result.command(["bigain-fx", *self.command()]) + " --out ")
 
     def start(self, folder: Path, turn: Path | None) -> subprocess.Popen[bytes]:
         """Run it in a fresh process, which writes its files into ``folder``; ``turn`` is that of the benchmark."""
@@ -216,6 +218,8 @@ def main(
     jobs: Annotated[int, typer.Option(help="runs to compile side by side; each is timed alone")] = 1,
 ) -> None:
     """Measure the runs of a suite that are not done yet, then write the table and draw the figures."""
+    if limit is not None:
+        checks.number("limit", limit)
     folder = out / "speed"
     result.prepare(folder)
     console = Console()
@@ -231,4 +235,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line.run(main)

@@ -19,8 +19,11 @@ import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from bigain_fx import optimize
+from bigain_fx import command_line, optimize
 from bigain_fx.bench import figure, result, timing
+from bigain_fx.compilers import check_compiler
+from bigain_fx.models import check_device
+from bigain_fx.passes import checks
 from bigain_fx.passes.grammar import parse
 from bigain_fx.stopwatch import interleaved, synchronizer
 
@@ -98,9 +101,13 @@ def run(
     shapes: Annotated[int, typer.Option(help="only the first so many")] = len(SHAPES),
 ) -> None:
     """Measure every shape that is not there yet, and write the table."""
+    check_device(device)
+    check_compiler(backend)
+    checks.integer("rounds", rounds, least=1, most=checks.MANY)
+    checks.integer("shapes", shapes, least=1, most=len(SHAPES))
     result.prepare(out)
     file = out / f"sweep-{device}.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": []}
+    found = result.rows(file, ("shape", "ratio", "holds"))
     done = {tuple(row["shape"].values()) for row in found["rows"]}
     for shape in SHAPES[:shapes]:
         if tuple(asdict(shape).values()) in done:
@@ -165,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     app = typer.Typer(add_completion=False)
     app.command()(run)
-    app(list(arguments) if arguments is not None else None)
+    command_line.ending_well(lambda: app(list(arguments) if arguments is not None else None))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.exc import InvalidBackend
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._inductor import list_mode_options
@@ -27,13 +27,16 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from bigain_fx.compilers import check_compiler
 from bigain_fx.families import resolve
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import CaptureError, InputError, MethodError, RewriteError, first_line
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.grid import Grid, check_form
 from bigain_fx.passes.methods import Methods, normalize
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.regions import own_cache
 from bigain_fx.report import Report, announce
+from bigain_fx.static import statically
 
 log = logging.getLogger("bigain_fx")
 
@@ -63,9 +66,10 @@ class Options:
 
         Raises:
             MethodError: no method, or one that is none.
-            InputError: an option that there is not, or a mode without inductor.
+            GridError: ``grid`` is no pair of integers.
+            InputError: an option that there is not, a backend that torch does not know, or a mode that it has not.
         """
-        given = dict(options or {})
+        given = dict(checks.keywords("options", {} if options is None else options))
         if unknown := [key for key in given if key not in OPTIONS]:
             raise InputError(f"options has {unknown[0]!r}; the backend 'bigain' takes {', '.join(OPTIONS)}")
         if "method" not in given:
@@ -78,28 +82,22 @@ class Options:
                 f"method={given['method']!r} can be read only once, and Dynamo may ask again; give a list"
             )
         read = cls(normalize(given.pop("method")), **given)
-        if not (isinstance(read.backend, str) or callable(read.backend)):
-            raise InputError(f"backend={read.backend!r} must be a name that torch.compile takes, or a Dynamo backend")
-        if read.mode is not None and read.backend != "inductor":
-            raise InputError(f"mode={read.mode!r} is inductor's; options has backend={read.backend!r}")
+        check_compiler(read.backend, read.mode)
         if callable(read.grid):
             raise InputError(
                 f"grid={read.grid!r} is a function of the inputs, whose values Dynamo does not have when it compiles; "
                 "give (rows, columns), or use bigain_fx.optimize"
             )
+        check_form(read.grid)
         return read
 
     def compile(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Hand ``module`` to the inner backend.
-
-        Raises:
-            InputError: a backend or a mode that torch does not know.
-        """
-        try:
-            inner: Callable[..., Any] = lookup_backend(self.backend)
-            extra = {"config_patches": list_mode_options(self.mode)} if self.mode is not None else {}
-        except (InvalidBackend, RuntimeError) as error:
-            raise InputError(f"backend={self.backend!r}, mode={self.mode!r}: {first_line(error)}") from None
+        """Hand ``module`` to the inner backend."""
+        inner: Callable[..., Any] = lookup_backend(self.backend)
+        extra: dict[str, Any] = {}
+        if self.mode is not None:  # inductor takes its options, any other backend the name
+            is_name = self.backend != "inductor"
+            extra = {"mode": self.mode} if is_name else {"config_patches": list_mode_options(self.mode)}
         with own_cache():
             compiled: Callable[..., Any] = inner(module, list(example_inputs), **extra)
         return compiled
@@ -158,7 +156,7 @@ def bigain(
     """Rewrite one Dynamo graph and compile it with the inner backend; what was done is logged on ``bigain_fx``.
 
     Args:
-        gm: a torch-level graph from Dynamo, of static shapes.
+        gm: a torch-level graph from Dynamo; of symbolic shapes it is compiled for those of this call.
         example_inputs: its inputs.
         options: ``{"method": ..., "grid": None, "backend": "inductor", "mode": None}``; ``method`` must be there.
         mode: as in ``options``, which is where it belongs: ``torch.compile`` takes one or the other.
@@ -168,13 +166,17 @@ def bigain(
 
     Raises:
         MethodError: no method, or one that is none, or a schedule without timestep units for an unknown family.
-        InputError: a wrong option, symbolic shapes, train mode, or gradients asked for.
+        InputError: a wrong option, sizes that hang on values, train mode, or gradients asked for.
         CaptureError: the graph cannot be lowered to ATen; the cause is chained.
         GridError: ``grid`` does not fit.
         RewriteError: an alpha schedule, and no timestep among the inputs.
     """
     chosen = Options.read(options if mode is None else {"mode": mode, **(options or {})})
     frame = Frame.current()
+    return statically(gm, example_inputs, partial(_compile, chosen, frame), frame.argument)
+
+
+def _compile(chosen: Options, frame: Frame, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     inputs = list(gm.graph.find_nodes(op="placeholder"))
     if not inputs:  # a fragment between two graph breaks
         return chosen.compile(gm, example_inputs)

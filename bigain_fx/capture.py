@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from bigain_fx.families import attention_backend
 from bigain_fx.model_state import ModelState, clear_caches, constant_key
+from bigain_fx.passes import checks
 from bigain_fx.passes.axes import aten
 from bigain_fx.passes.errors import CaptureError, InputError, first_line
 from bigain_fx.passes.grid import Grid
@@ -68,7 +70,7 @@ class CallBinder:
                 kind = type(value).__name__
                 raise InputError(f"{name} (a {kind}) can only be given by position; a denoiser's inputs need names")
             elif not _is_default(value, parameter.default):
-                arguments[name] = value
+                arguments[name] = plain_number(value)
         wants_class = True
         if option := self.signature.parameters.get("return_dict"):
             wants_class = bool(bound.arguments.get("return_dict", option.default))
@@ -78,11 +80,24 @@ class CallBinder:
         for name in TIMESTEP_INPUTS:
             value = arguments.get(name)
             if isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0):
-                arguments[name] = torch.as_tensor(value).to(self._device())
+                arguments[name] = _as_tensor(name, value).to(self._device())
         return arguments, wants_class
 
     def _device(self) -> torch.device:
         return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+
+def plain_number(value: Any) -> Any:
+    """``value``, a number of numpy's as the Python number that it is."""
+    scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    return value.item() if scalar else value
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (OverflowError, RuntimeError, ValueError) as error:
+        raise InputError(f"{checks.told(name, value)} must be a number that int64 can hold") from error
 
 
 def _is_default(value: Any, default: Any) -> bool:
@@ -157,11 +172,12 @@ def as_calls(example_inputs: Iterable[object]) -> list[tuple[tuple[Any, ...], Ma
         InputError: there is none, or one is neither.
     """
     calls = []
+    if not isinstance(example_inputs, Iterable) or isinstance(example_inputs, str | Mapping | Tensor):
+        told = checks.told("example_inputs", example_inputs)
+        raise InputError(f"{told} must be several (args, kwargs), or keyword arguments")
     for example in example_inputs:
         args, kwargs = example if isinstance(example, tuple) and len(example) == 2 else ((), example)
-        if not isinstance(args, tuple | list) or not isinstance(kwargs, Mapping):
-            raise InputError("inputs must be a tuple args and a mapping kwargs, as for torch.export.export")
-        calls.append((tuple(args), kwargs))
+        calls.append((checks.positional("args", args), checks.keywords("kwargs", kwargs)))
     if not calls:
         raise InputError("example_inputs is empty; give one (args, kwargs) for each size")
     return calls

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bigain_fx.families import Units, timestep_units
 from bigain_fx.noising import Noising
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import InputError
 from bigain_fx.sample import predict
 
@@ -100,15 +101,16 @@ class DiffusionClassifier:
         seed: int = 0,
         units: Units | None = None,
     ) -> None:
-        self.denoiser, self.conditions, self.inputs = denoiser, conditions, dict(inputs or {})
+        if not callable(denoiser):
+            raise InputError(f"{checks.told('denoiser', denoiser)} must be a denoiser, which is called")
+        self.denoiser, self.conditions = denoiser, checks.keywords("conditions", conditions)
+        self.inputs = {} if inputs is None else dict(checks.keywords("inputs", inputs))
         self.classes = _count(conditions)
-        self.n_samples, self.to_keep = tuple(n_samples), tuple(to_keep)
-        self.batch, self.seed = batch, seed
-        _check_rounds(self.n_samples, self.to_keep)
-        if batch < 1:
-            raise InputError(f"batch={batch!r} must be at least 1")
+        self.n_samples, self.to_keep = check_rounds(n_samples, to_keep)
+        self.batch = checks.integer("batch", batch, least=1, most=checks.MANY)
+        self.seed = checks.integer("seed", seed, least=-checks.SEED, most=checks.SEED)
         model = getattr(denoiser, "original", denoiser)
-        known = units or timestep_units(model)
+        known = timestep_units(model) if units is None else _check_units(units)
         if known is None:
             raise InputError(
                 f"units=None: those in which {type(model).__name__} takes its timestep are not known; name them, as in "
@@ -135,10 +137,14 @@ class DiffusionClassifier:
             latents: what the denoiser takes: latents of :func:`encode`, or images in [-1, 1] if it works on pixels.
             first: the number of the first image, which decides on its pairs; the others follow.
             progress: called after each denoiser call.
+
+        Raises:
+            InputError: latents that are none, or not finite; or whose errors are not, as where float16 overflows.
         """
+        _check_latents(latents)
+        checks.integer("first", first, least=0, most=checks.SEED)
+        checks.function("progress", progress)
         n = len(latents)
-        if latents.ndim < 3 or not n:
-            raise InputError(f"latents have shape {tuple(latents.shape)}; they must be (n, ...), n at least 1")
         total = torch.zeros(n, self.classes, dtype=torch.float64)
         seen = torch.zeros(n, self.classes, dtype=torch.int64)
         left = torch.arange(self.classes).expand(n, -1)
@@ -146,6 +152,9 @@ class DiffusionClassifier:
         for samples, keep in zip(self.n_samples, self.to_keep, strict=True):
             calls += self._round(latents, first, range(done, samples), left, total, progress)
             seen.scatter_(1, left, samples)
+            if len(wrong := (~total.isfinite()).nonzero()):
+                image, label = wrong[0].tolist()
+                raise InputError(f"latents[{image}]: what the denoiser answers for class {label} is not finite")
             order = total.gather(1, left).argsort(dim=1, stable=True)
             left = left.gather(1, order)[:, :keep]
             done = samples
@@ -196,19 +205,49 @@ def encode(vae: Any, images: Tensor) -> Tensor:
 
 def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval of a proportion (95 % by default), within [0, 1] and honest at small ``total``."""
+    checks.integer("total", total, least=1)
+    checks.integer("correct", correct, least=0, most=total)
     share, denominator = correct / total, 1 + z * z / total
     centre = (share + z * z / (2 * total)) / denominator
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / denominator
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _check_rounds(n_samples: tuple[int, ...], to_keep: tuple[int, ...]) -> None:
+def check_rounds(n_samples: Sequence[int], to_keep: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The rounds of a classification, as plain tuples.
+
+    Raises:
+        InputError: they are no integers, do not ascend and descend, or are not as many.
+    """
+    n_samples = checks.integers("n_samples", n_samples, right="integers, one for each round, such as (5, 20)")
+    to_keep = checks.integers("to_keep", to_keep, right="integers, one for each round, such as (5, 1)")
     ascending = all(a < b for a, b in pairwise((0, *n_samples)))
     descending = all(a > b for a, b in pairwise(to_keep)) and to_keep[-1:] == (1,)
     if not ascending or not descending or len(n_samples) != len(to_keep):
         raise InputError(
             f"n_samples={n_samples} must ascend from 1 or more, and to_keep={to_keep} descend to 1, one for each round"
         )
+    checks.integer("n_samples", n_samples[-1], least=1, most=checks.MANY)
+    return n_samples, to_keep
+
+
+def _check_units(units: Any) -> Units:
+    right = "two different numbers, the timestep at the noisiest and at the clean end, such as (999, 0)"
+    if not isinstance(units, tuple | list) or len(units) != 2:
+        raise InputError(f"{checks.told('units', units)} must be {right}")
+    noisy, clean = (checks.number("units", end, right=right) for end in units)
+    if noisy == clean:
+        raise InputError(f"{checks.told('units', units)} must be {right}")
+    return noisy, clean
+
+
+def _check_latents(latents: Any) -> None:
+    if not isinstance(latents, Tensor) or latents.ndim < 3 or not len(latents) or not latents.is_floating_point():
+        shape = f"{latents.dtype} {tuple(latents.shape)}" if isinstance(latents, Tensor) else type(latents).__name__
+        raise InputError(f"latents are {shape}; they must be a floating tensor (n, ...), n at least 1")
+    if not latents.isfinite().all():
+        image = int((~latents.flatten(1).isfinite()).any(1).nonzero()[0])
+        raise InputError(f"latents[{image}] is not finite: it holds NaN or infinity")
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated
 import typer
 
 from bigain_fx.cli_evidence import app as evidence
-from bigain_fx.passes.errors import BigainError
+from bigain_fx.command_line import ending_well
 from bigain_fx.passes.grammar import SYNTAX
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -191,16 +190,12 @@ def bench(
 
     from bigain_fx.bench import tomesd_rows
     from bigain_fx.bench.run import run
-    from bigain_fx.models import load
-    from bigain_fx.passes.errors import InputError
+    from bigain_fx.models import check_device, load
     from bigain_fx.passes.grammar import parse_list
 
     parsed, exported = parse_list(methods), parse_list(onnx) if onnx else {}
     eagerly, ratios = parse_list(eager) if eager else {}, tomesd_rows.parse(tomesd)
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"device={device!r} must be cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device='cuda': torch sees no CUDA device here; use --device cpu")
+    check_device(device)
     workload = load(model, size=size, batch=batch, device=device, dtype=getattr(torch, dtype), layers=layers)
     result = run(
         workload, parsed, eager=eagerly, tomesd=ratios, onnx=exported, rounds=rounds, warmup=warmup, backend=backend,
@@ -213,11 +208,7 @@ def main() -> None:
     """Entry point: errors of ours are one line on standard error and exit status 2."""
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        app()
-    except BigainError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+    ending_well(app)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from bigain_fx.classify import DiffusionClassifier
 from bigain_fx.demo import check_backend, make_folder
 from bigain_fx.denoiser import optimize
 from bigain_fx.embedded.features import as_bytes
-from bigain_fx.passes.errors import InputError
+from bigain_fx.passes import checks
 from bigain_fx.passes.methods import Methods
 from bigain_fx.sample import sample
 from bigain_fx.subject import open_subject
@@ -34,8 +34,8 @@ def generate(
     Raises:
         InputError: see :func:`bigain_fx.subject.open_subject` and :func:`bigain_fx.sample.sample`; ``count`` below 1.
     """
-    if count < 1:
-        raise InputError(f"count={count!r} must be at least 1")
+    checks.integer("count", count, least=1, most=checks.MANY)
+    checks.integer("seed", seed, least=-checks.SEED, most=checks.SEED)
     check_backend(backend)
     subject = open_subject(model, prompts)
     make_folder(out)

@@ -18,11 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from bigain_fx import demo_onnx, demo_report, embedded
 from bigain_fx.classify import DiffusionClassifier
+from bigain_fx.compilers import check_compiler
 from bigain_fx.demo_report import Variant
 from bigain_fx.denoiser import optimize
 from bigain_fx.deploy import onnx_missing
 from bigain_fx.embedded.data import Images, data_set
-from bigain_fx.passes.errors import InputError
+from bigain_fx.passes.checks import told
+from bigain_fx.passes.errors import InputError, first_line
 from bigain_fx.passes.grammar import parse
 from bigain_fx.sample import predict, sample
 from bigain_fx.stopwatch import interleaved
@@ -173,13 +175,7 @@ def check_backend(backend: str) -> None:
     Raises:
         InputError: ``torch.compile`` does not know it, or inductor has no C++ compiler or no Python headers.
     """
-    from torch._dynamo.backends.registry import lookup_backend
-    from torch._dynamo.exc import InvalidBackend
-
-    try:
-        lookup_backend(backend)
-    except InvalidBackend:
-        raise InputError(f"backend={backend!r} is not known to torch.compile; choose inductor or eager") from None
+    check_compiler(backend)
     if backend == "inductor" and (missing := _missing_for_inductor()):
         raise InputError(f"backend='inductor' needs {missing}, not found here; install it, or run with --backend eager")
 
@@ -205,11 +201,13 @@ def make_folder(out: Path) -> None:
     Raises:
         InputError: it is a file, or cannot be made or written to.
     """
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not out.is_dir():
         raise InputError(f"out={str(out)!r} is a file; name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out={str(out)!r} cannot be made ({error.strerror}); name another folder") from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{told('out', str(out))} cannot be made ({first_line(error)}); name another folder"
+        ) from error
     if not os.access(out, os.W_OK):
         raise InputError(f"out={str(out)!r} cannot be written to; name another folder")

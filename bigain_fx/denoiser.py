@@ -382,7 +382,8 @@ def optimize(
     settings = Settings(backend, grid, mode, options, on_new_signature, max_graphs, select)
     optimized = OptimizedDenoiser(model, methods, settings)
     if args is not None or kwargs is not None:
-        optimized.prepare(*(args or ()), **(kwargs or {}))
+        ((args, kwargs),) = as_calls([(() if args is None else args, {} if kwargs is None else kwargs)])
+        optimized.prepare(*args, **kwargs)
     return optimized
 
 

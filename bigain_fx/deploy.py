@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import nn
 
 from bigain_fx.export.retrace import retrace
 from bigain_fx.families import GridHint
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import ExportError, InputError, first_line
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.passes.methods import Method, normalize
@@ -128,6 +130,7 @@ def export_onnx(
     """
     started = time.perf_counter()
     check_options(opset, attention)
+    checks.flag("verify", verify)
     from bigain_fx.export import files
     from bigain_fx.export.onnx_graph import to_onnx
     from bigain_fx.export.verify import verify as verify_file
@@ -240,9 +243,9 @@ def _file_names(target: Path, traced: Sequence[Traced]) -> list[str]:
 
 
 def _check_path(path: str | Path, suffix: str) -> Path:
-    target = Path(path)
-    if target.suffix != suffix or not target.parent.is_dir():
-        raise InputError(f"path={str(path)!r} must end in {suffix}, in a folder that is there")
+    target = checks.path("path", path)
+    if target.suffix != suffix or not os.path.isdir(target.parent):
+        raise InputError(f"{checks.told('path', str(path))} must end in {suffix}, in a folder that is there")
     return target
 
 
@@ -256,10 +259,8 @@ def check_options(opset: int, attention: str) -> None:
         raise InputError(reason)
     from bigain_fx.export.onnx_graph import ATTENTIONS, OPSETS
 
-    if opset not in OPSETS:
-        raise InputError(f"opset={opset!r} must be from {OPSETS[0]} to {OPSETS[-1]}")
-    if attention not in ATTENTIONS:
-        raise InputError(f"attention={attention!r} must be one of {', '.join(ATTENTIONS)}")
+    checks.integer("opset", opset, least=OPSETS[0], most=OPSETS[-1])
+    checks.choice("attention", attention, ATTENTIONS)
 
 
 def onnx_missing() -> str | None:

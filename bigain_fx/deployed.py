@@ -22,6 +22,7 @@ from bigain_fx.export.interface import Interface, Port
 from bigain_fx.export.package import Package
 from bigain_fx.export.ports import dotted, leaves
 from bigain_fx.export.session import Provider, Session, SharedWeights
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import ExportError, InputError
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 
@@ -231,7 +232,7 @@ class OrtDenoiser(DeployedDenoiser):
     def __init__(
         self, path: File | Sequence[File], providers: Sequence[Provider] | None = None, session_options: Any = None
     ) -> None:
-        paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+        paths = [checks.path("path", each) for each in (path if isinstance(path, list | tuple) else (path,))]
         if not paths:
             raise InputError("path is empty; give a file of export_onnx, or several")
         shared = SharedWeights() if len(paths) > 1 else None

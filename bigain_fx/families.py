@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bigain_fx.passes.errors import GridError, MethodError
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.checks import told
+from bigain_fx.passes.errors import GridError, MethodError, first_line
+from bigain_fx.passes.grid import Grid, check_form
 from bigain_fx.passes.methods import KVDownsample, LinearAlpha, Method, Methods
 
 GridHint = Grid | Callable[[Mapping[str, Any]], Grid | None] | None
@@ -179,13 +180,12 @@ def grid_for(hint: GridHint, arguments: Mapping[str, Any], read: Reading) -> Rea
     """The grid that the caller gives, as ``(rows, columns)`` or a function of the arguments; else what was ``read``.
 
     Raises:
-        GridError: what the caller gives is no pair, contradicts the inputs, or is for a video.
+        GridError: what the caller gives is no pair, contradicts the inputs, is for a video, or raises an error.
     """
-    given = hint(arguments) if callable(hint) else hint
+    given = _ask(hint, arguments) if callable(hint) else hint
     if given is None:
         return read
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        raise GridError(f"grid={given!r} must be two positive integers (rows, columns), in image tokens")
+    check_form(given)
     rows, columns = given
     frames = arguments.get("num_frames")
     if isinstance(frames, int) and frames > 1:
@@ -195,6 +195,13 @@ def grid_for(hint: GridHint, arguments: Mapping[str, Any], read: Reading) -> Rea
     if read.grid not in (None, (rows, columns)):
         raise GridError(f"grid={given!r} contradicts the inputs, whose grid is {read.grid}")
     return Reading((rows, columns))
+
+
+def _ask(hint: Callable[[Mapping[str, Any]], Grid | None], arguments: Mapping[str, Any]) -> Grid | None:
+    try:
+        return hint(arguments)
+    except Exception as error:
+        raise GridError(f"{told('grid', hint)} raises {type(error).__name__}: {first_line(error)}") from error
 
 
 def attention_backend() -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bigain_fx.embedded import NAMES
 from bigain_fx.embedded import load as load_embedded
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import InputError, first_line
 
 TEXT_TOKENS = {
@@ -105,10 +107,9 @@ def load(
         InputError: nothing of that name, a size or a number of layers that does not fit, a class whose inputs are not
             known.
     """
-    if size is not None and (size < 1 or size % 2):
-        raise InputError(f"size={size!r} must be a positive even number of latent pixels")
-    if batch < 1:
-        raise InputError(f"batch={batch!r} must be at least 1")
+    if size is not None and (not checks.counts(size, most=checks.MANY) or size % 2):
+        raise InputError(f"{checks.told('size', size)} must be a positive even number of latent pixels")
+    checks.integer("batch", batch, least=1, most=checks.MANY)
     fewer = _fewer_layers(name, layers) if layers is not None else {}
     torch.manual_seed(seed)
     if name in NAMES:
@@ -119,16 +120,27 @@ def load(
         config = config | fewer | ({"sample_size": size} if size and "sample_size" in config else {})
         with torch.device(device):
             model = _class(class_name)(**config)
-    elif Path(name).is_dir():
+    elif os.path.isdir(name):
         model = _from_folder(Path(name)).to(device)
         _check_position_size(name, model, size)
     else:
-        raise InputError(f"model={name!r} is neither a folder nor one of {', '.join((*NAMES, *KNOWN))}")
+        raise InputError(f"{checks.told('model', name)} is neither a folder nor one of {', '.join((*NAMES, *KNOWN))}")
     # diffusers' own .to() warns about modules to keep in float32 even where a class has none.
     model = nn.Module.to(model, dtype).eval().requires_grad_(False)
     size = size or _own_size(model)
     grid = (size // 2, size // 2) if type(model).__name__ == "FluxTransformer2DModel" else None
     return Workload(name + f"-{layers}layers" * bool(fewer), model, (), example_inputs(model, size, batch), grid)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not see.
+
+    Raises:
+        InputError: with its name.
+    """
+    checks.choice("device", name, ("cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device='cuda': torch sees no CUDA device here; use --device cpu")
 
 
 def _fewer_layers(name: str, layers: int) -> dict[str, Any]:
@@ -261,7 +273,7 @@ def _from_folder(folder: Path) -> nn.Module:
             try:
                 class_name = json.loads(config.read_text())["_class_name"]
                 model: nn.Module = _class(class_name).from_pretrained(candidate, local_files_only=True)  # type: ignore[attr-defined]
-            except (KeyError, ValueError, OSError) as error:
+            except (KeyError, ValueError, TypeError, OSError, RecursionError) as error:
                 raise InputError(f"model={str(folder)!r} cannot be loaded: {first_line(error)}") from error
             return model
     raise InputError(f"model={str(folder)!r} holds no config.json of a denoiser, nor a unet or transformer folder")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigain_fx.families import Units
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import InputError
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
@@ -30,7 +31,9 @@ class Noising:
     """
 
     def __init__(self, scheduler: Any, units: Units) -> None:
-        config = scheduler.config
+        config = getattr(scheduler, "config", None)
+        if not hasattr(config, "num_train_timesteps"):
+            raise InputError(f"{checks.told('scheduler', scheduler)} must be the diffusers scheduler of the model")
         self.steps: int = config.num_train_timesteps
         self.units = units
         alphas = getattr(scheduler, "alphas_cumprod", None)

@@ -38,7 +38,7 @@ def read(path: Path, shape: tuple[int, int, int]) -> Tensor:
     try:
         with Image.open(path) as picture:
             return to_tensor(picture, shape)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = "is not there" if isinstance(error, FileNotFoundError) else "cannot be read as an image"
         raise InputError(f"image {str(path)!r} {reason}") from error
 

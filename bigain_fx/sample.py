@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bigain_fx.embedded import ClassConditional
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import InputError
 
 
@@ -40,10 +41,9 @@ def predict(
         ``(n, C, ...)``; a learned variance is dropped.
 
     Raises:
-        InputError: ``batch`` below 1.
+        InputError: ``batch`` is no number of rows.
     """
-    if batch < 1:
-        raise InputError(f"batch={batch!r} must be at least 1")
+    checks.integer("batch", batch, least=1, most=checks.MANY)
     channels = x.shape[1]
     outputs = []
     for start in range(0, len(x), batch):
@@ -88,11 +88,16 @@ def sample(
         InputError: ``steps`` or ``batch`` out of range, ``noise`` of another shape, or a label that is no class.
     """
     trained = bundle.scheduler.config.num_train_timesteps
-    if not 1 <= steps <= trained:
-        raise InputError(f"steps={steps!r} must be between 1 and the scheduler's {trained}")
+    checks.integer("steps", steps, least=1, most=trained, right=f"an integer from 1 to the scheduler's {trained}")
+    checks.integer("batch", batch, least=1, most=checks.MANY)
+    if guidance is not None:
+        checks.number("guidance", guidance, right="a finite number, or None")
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype != torch.int64:
+        raise InputError(f"{checks.told('labels', labels)} must be a tensor (n,) int64")
     expected = (len(labels), *bundle.sample_shape)
-    if tuple(noise.shape) != expected:
-        raise InputError(f"noise has shape {tuple(noise.shape)}; it must be {expected}, one latent per label")
+    if not isinstance(noise, Tensor) or tuple(noise.shape) != expected:
+        shape = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+        raise InputError(f"noise has shape {shape}; it must be {expected}, one latent per label")
     if not all(0 <= label < bundle.num_classes for label in labels.tolist()):
         raise InputError(f"labels={labels.tolist()} must be classes from 0 to {bundle.num_classes - 1}")
     scheduler = copy.deepcopy(bundle.scheduler)

@@ -14,7 +14,8 @@ import operator
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import CancelledError
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import first_line
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Methods
@@ -36,6 +38,8 @@ log = logging.getLogger("bigain_fx")
 
 ROUNDS, SECONDS = (9, 60), 1.0
 """At least and at most so many rounds, and as many as fit into the time."""
+STOPS = (TimeoutError, InterruptedError, CancelledError)
+"""Errors that someone else raised to stop the work; an interrupt from the keyboard is no ``Exception`` at all."""
 Compile = Callable[[GraphModule], Callable[..., Any]]
 
 
@@ -89,6 +93,8 @@ def rewrite_where_faster(
         try:
             costs |= dict.fromkeys(members, _cost(dense, alone, compile, setup))
         except Exception as error:  # whatever a backend raises: what cannot be measured stays dense
+            if stop := stopped_by(error):
+                raise stop from error
             reason = first_line(getattr(error, "inner_exception", error))  # what Dynamo wraps
             kept |= dict.fromkeys(members, f"not measured: {reason}")
     for place, cost in costs.items():
@@ -103,6 +109,21 @@ def rewrite_where_faster(
         for place, record in enumerate(chosen.records)
     )
     return replace(chosen, records=records)
+
+
+def stopped_by(error: BaseException) -> BaseException | None:
+    """The timeout or interrupt that ``error`` is, or that a compiler has wrapped in it."""
+    pending: list[BaseException | None] = [error]
+    seen: list[BaseException] = []
+    while pending:
+        each = pending.pop()
+        if each is None or each in seen:
+            continue
+        if isinstance(each, STOPS) or not isinstance(each, Exception):
+            return each
+        seen.append(each)
+        pending += [getattr(each, "inner_exception", None), each.__cause__, each.__context__]
+    return None
 
 
 def _alike(rewritten: Rewritten, places: Sequence[int]) -> list[list[int]]:
@@ -176,11 +197,25 @@ def _spans(calls: Sequence[Callable[[], object]], device: torch.device) -> list[
 
 
 def _read(file: Path) -> Cost | None:
-    """What :func:`_store` kept, if it is there and as this version writes it."""
+    """What :func:`_store` kept, if it is there and as this version writes it; what is damaged is measured again."""
     try:
-        return Cost(**{part: Span(**span) for part, span in json.loads(file.read_text()).items()})
-    except (OSError, ValueError, TypeError, AttributeError):
+        kept = json.loads(file.read_text())
+        return Cost(**{part: _span(**span) for part, span in kept.items()})
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _span(**milliseconds: float) -> Span:
+    """A span that can have been measured.
+
+    Raises:
+        TypeError, ValueError: it cannot.
+    """
+    span = Span(**{name: checks.number(name, value) for name, value in milliseconds.items()})
+    fastest, *quartiles = astuple(span)
+    if not fastest > 0 or fastest > quartiles[0] * (1 + 1e-6) or sorted(quartiles) != quartiles:
+        raise ValueError(f"no call takes {span}")
+    return span
 
 
 def _store(file: Path, text: str) -> None:

@@ -12,8 +12,9 @@ from torch._inductor import list_mode_options
 from torch.fx import GraphModule
 
 from bigain_fx import families
-from bigain_fx.passes.errors import InputError
-from bigain_fx.passes.grid import Grid
+from bigain_fx.compilers import check_compiler
+from bigain_fx.passes import checks
+from bigain_fx.passes.grid import Grid, check_form
 from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.pipeline import Rewritten, rewrite
 from bigain_fx.regions import own_cache
@@ -34,12 +35,12 @@ class Settings:
     select: str = "all"
 
     def __post_init__(self) -> None:
-        if self.select not in ("all", "auto"):
-            raise InputError(f"select={self.select!r} must be 'all' or 'auto'")
-        if self.on_new_signature not in ("compile", "raise"):
-            raise InputError(f"on_new_signature={self.on_new_signature!r} must be 'compile' or 'raise'")
-        if isinstance(self.max_graphs, bool) or not isinstance(self.max_graphs, int) or self.max_graphs < 1:
-            raise InputError(f"max_graphs={self.max_graphs!r} must be a positive integer")
+        checks.choice("select", self.select, ("all", "auto"))
+        checks.choice("on_new_signature", self.on_new_signature, ("compile", "raise"))
+        checks.integer("max_graphs", self.max_graphs, least=1, right="a positive integer")
+        if not callable(self.grid):
+            check_form(self.grid)
+        check_compiler(self.backend, self.mode, self.options)
 
     def rewrite(self, module: GraphModule, methods: Methods, grid: Grid | None) -> Rewritten:
         """The graph with every attention rewritten that can be, or those that gain by it."""

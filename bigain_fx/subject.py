@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from bigain_fx import embedded
 from bigain_fx.classify import encode
 from bigain_fx.embedded import ClassConditional
 from bigain_fx.embedded.data import CLASS_NAMES
+from bigain_fx.passes.checks import told
 from bigain_fx.passes.errors import InputError, first_line
 
 
@@ -89,15 +91,16 @@ def load_pipeline(model: str) -> Any:
     Raises:
         InputError: it holds none, or one that cannot be loaded.
     """
-    if not (Path(model) / "model_index.json").is_file():
+    if not os.path.isfile(Path(model) / "model_index.json"):
         raise InputError(
-            f"model={model!r} is neither one of {', '.join(embedded.NAMES)} nor the folder of a diffusers pipeline"
+            f"{told('model', model)} is neither one of {', '.join(embedded.NAMES)} nor the folder of a diffusers "
+            "pipeline"
         )
     from diffusers import DiffusionPipeline
 
     try:
         return DiffusionPipeline.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever the loaders of its parts raise
         raise InputError(f"model={model!r} cannot be loaded: {first_line(error)}") from error
 
 

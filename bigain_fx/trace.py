@@ -19,6 +19,7 @@ from bigain_fx.denoiser import OptimizedDenoiser, optimize
 from bigain_fx.deployed import DeployedDenoiser
 from bigain_fx.export.interface import Interface, describe
 from bigain_fx.families import GridHint
+from bigain_fx.passes.checks import told
 from bigain_fx.passes.errors import CaptureError, InputError
 from bigain_fx.passes.grammar import parse
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
@@ -113,7 +114,7 @@ def examples_of(
     """
     if example_inputs is None:
         return as_calls([(() if args is None else args, {} if kwargs is None else kwargs)])
-    if (args is not None and args != ()) or kwargs:
+    if not (args is None or (isinstance(args, tuple) and not args)) or kwargs:
         raise InputError("example_inputs is given beside args or kwargs; give one of them")
     return as_calls(example_inputs)
 
@@ -129,7 +130,7 @@ def check(model: object, dtype: object) -> None:
     if isinstance(model, OptimizedDenoiser | DeployedDenoiser):
         raise InputError(f"model is a {type(model).__name__}; export the original")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InputError(f"dtype={dtype!r} must be a floating torch.dtype, such as torch.float16")
+        raise InputError(f"{told('dtype', dtype)} must be a floating torch.dtype, such as torch.float16")
 
 
 def digest(model: nn.Module) -> str:

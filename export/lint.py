@@ -91,8 +91,8 @@ def _read(path: Path) -> ModelProto:
     """Return the model in a file, without the values of its weights."""
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise ExportError(f"path={str(path)!r}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise ExportError(f"path={str(path)!r}: cannot be read: {getattr(error, 'strerror', error)}") from error
     try:
         model: ModelProto = ModelProto.FromString(data)
     except Exception as error:  # protobuf's DecodeError; its package is not one that we import

@@ -19,6 +19,7 @@ from bigain_fx.export.archive import Archive, Constant, add_weights
 from bigain_fx.export.interface import Interface
 from bigain_fx.export.ports import packed
 from bigain_fx.export.retrace import quiet
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import ExportError, InputError, first_line
 from bigain_fx.passes.ops.kernels import without_kernels
 
@@ -118,7 +119,7 @@ class Package:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = checks.path("path", path)
         archive = Archive(self.path)
         try:
             interfaces = [Interface.from_metadata(metadata) for metadata in archive.metadata]

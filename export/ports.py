@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import ExportError, InputError
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.passes.pairs import pair
@@ -95,8 +97,12 @@ class Port:
         return self._timestep(value, device) if self.key in TIMESTEP_INPUTS else self._tensor(value, device)
 
     def _timestep(self, value: Any, device: torch.device) -> Tensor:
+        if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+            value = value.item()
         if not isinstance(value, Tensor | numbers.Real):
             raise InputError(f"{self.key} is a {type(value).__name__}; give a number or a torch.Tensor")
+        if not isinstance(value, Tensor) and not -checks.INT64 <= value <= checks.INT64 and value == value:
+            raise InputError(f"{checks.told(self.key, value)} must be a number that int64 can hold")
         tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
         if tuple(tensor.shape) == self.shape:
             return tensor.to(device, self.torch_dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from bigain_fx.export.interface import Interface
 from bigain_fx.export.ports import packed
 from bigain_fx.export.weights import reading
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import ExportError, InputError, first_line
 
 if TYPE_CHECKING:
@@ -97,8 +97,12 @@ class Session:
         shared: SharedWeights | None = None,
     ) -> None:
         ort = _runtime()
-        self.path = Path(path)
+        self.path = checks.path("path", path)
         given = [providers] if isinstance(providers, str) else providers
+        _check_providers(given)
+        if session_options is not None and not isinstance(session_options, ort.SessionOptions):
+            told = checks.told("session_options", session_options)
+            raise InputError(f"{told} must be an onnxruntime.SessionOptions, or None")
         wanted = list(given) if given is not None else _default_providers(ort)
         _check_available(wanted, ort.get_available_providers())
         self._shared = shared or SharedWeights()
@@ -196,6 +200,15 @@ def _runtime() -> ModuleType:
         ) from error
     module: ModuleType = onnxruntime
     return module
+
+
+def _check_providers(providers: Any) -> None:
+    several = providers is None or isinstance(providers, list | tuple)
+    for provider in providers or () if several else ():
+        pair = isinstance(provider, tuple) and len(provider) == 2 and isinstance(provider[1], dict)
+        several &= isinstance(provider[0] if pair else provider, str)
+    if not several:
+        raise InputError(f"{checks.told('providers', providers)} must be names of providers, or (name, options)")
 
 
 def _name(provider: Provider) -> str:

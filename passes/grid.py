@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch.fx import Graph, Node
 
+from bigain_fx.passes import checks
 from bigain_fx.passes.arguments import SDPA
 from bigain_fx.passes.axes import Axis, Layout, Refusal, aten, named, names, parts, shape_of
 from bigain_fx.passes.errors import GridError
@@ -114,7 +116,7 @@ def grid_from_hint(hint: Grid, tokens: int) -> Grid | None:
     return grid if grid[0] * grid[1] == tokens else None
 
 
-def check_form(hint: Grid | None) -> None:
+def check_form(hint: Any) -> None:
     """Refuse a hint that is no pair of positive integers.
 
     Raises:
@@ -123,8 +125,8 @@ def check_form(hint: Grid | None) -> None:
     if hint is None:
         return
     pair = isinstance(hint, tuple | list) and len(hint) == 2
-    if not (pair and all(isinstance(side, int) and side > 0 for side in hint)):
-        raise GridError(f"grid={hint!r} must be two positive integers (rows, columns), in image tokens")
+    if not (pair and all(map(checks.counts, hint))):
+        raise GridError(f"{checks.told('grid', hint)} must be two positive integers (rows, columns), in image tokens")
 
 
 def check_hint(graph: Graph, hint: Grid, placeable: Mapping[Node, int], unplaced: Sequence[int]) -> None:

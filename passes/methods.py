@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import MethodError
 
 MERGE, KV = "merge", "kv"
@@ -40,7 +41,7 @@ class LinearAlpha:
         if (self.t_noisy is None) != (self.t_clean is None):
             raise MethodError(f"t_noisy={self.t_noisy!r}, t_clean={self.t_clean!r}: give both ends, or neither")
         for name in ("noisy", "clean") if self.t_noisy is None else ("noisy", "clean", "t_noisy", "t_clean"):
-            _number(name, getattr(self, name))
+            _keep(self, name, _number(name, getattr(self, name)))
         if self.t_noisy is None:
             return
         if self.t_noisy == self.t_clean:
@@ -76,24 +77,18 @@ class _Merge:
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            _choice(name, getattr(self, name), choices)
-        if not isinstance(self.proportional, bool):
-            raise MethodError(f"proportional={self.proportional!r} must be True or False")
-        if (
-            not isinstance(self.cell, tuple)
-            or len(self.cell) != 2
-            or not all(isinstance(side, int) and side >= 1 for side in self.cell)
-            or math.prod(self.cell) < 2
-        ):
-            raise MethodError(f"cell={self.cell!r} must be two positive integers (rows, columns), two tokens or more")
+            checks.choice(name, getattr(self, name), choices, error=MethodError)
+        checks.flag("proportional", self.proportional, error=MethodError)
+        _keep(self, "cell", _cell(self.cell))
         cap = 1 - 1 / math.prod(self.cell)
         if not self.ratios:
             raise MethodError("ratio=() must be a number, or one for each attention")
-        for ratio in self.ratios:
-            _number("ratio", ratio)
+        ratios = tuple(_number("ratio", ratio) for ratio in self.ratios)
+        for ratio in ratios:
             if not 0 <= ratio <= cap:
                 raise MethodError(f"ratio={ratio!r} must be between 0 and {cap:g} for cell={self.cell}")
-        _check_levels(self.levels)
+        _keep(self, "ratio", ratios if isinstance(self.ratio, tuple) else ratios[0])
+        _keep(self, "levels", _positive_or_none("levels", self.levels, "all"))
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -117,8 +112,7 @@ class _Match(_Merge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window is not None and not _is_positive(self.window):
-            raise MethodError(f"window={self.window!r} must be a positive integer, or None for the whole grid")
+        _keep(self, "window", _positive_or_none("window", self.window, "the whole grid"))
 
 
 @dataclass(frozen=True)
@@ -152,7 +146,7 @@ class LaplacianMerge(_Match):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice("cell_layout", self.cell_layout, ("block", "row"))
+        checks.choice("cell_layout", self.cell_layout, ("block", "row"), error=MethodError)
 
 
 @dataclass(frozen=True)
@@ -171,9 +165,8 @@ class ToMe(_Match):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice("destination", self.destination, ("random", "top-left"))
-        if not isinstance(self.seed, int):
-            raise MethodError(f"seed={self.seed!r} must be an integer")
+        checks.choice("destination", self.destination, ("random", "top-left"), error=MethodError)
+        _keep(self, "seed", checks.integer("seed", self.seed, error=MethodError))
 
 
 @dataclass(frozen=True)
@@ -206,11 +199,10 @@ class KVDownsample:
     levels: int | None = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.factor, int) or self.factor < 2:
-            raise MethodError(f"factor={self.factor!r} must be an integer of at least 2")
+        _keep(self, "factor", checks.integer("factor", self.factor, least=2, error=MethodError))
         if not isinstance(self.alpha, LinearAlpha):
-            _number("alpha", self.alpha)
-        _check_levels(self.levels)
+            _keep(self, "alpha", _number("alpha", self.alpha))
+        _keep(self, "levels", _positive_or_none("levels", self.levels, "all"))
 
     def __str__(self) -> str:
         alpha = self.alpha
@@ -234,7 +226,9 @@ class ToDo:
     levels: int | None = 1
 
     def __post_init__(self) -> None:
-        KVDownsample(self.factor, self.alpha, self.levels)
+        checked = KVDownsample(self.factor, self.alpha, self.levels)
+        _keep(self, "factor", checked.factor)
+        _keep(self, "levels", checked.levels)
 
     def __str__(self) -> str:
         return _text(self, f"{self.factor}")
@@ -253,11 +247,13 @@ def normalize(method: Method | Iterable[Method] | None) -> Methods:
         MethodError: two methods of one kind, or something that is no method.
     """
     given: tuple[object, ...] = () if method is None else (method,)
-    if isinstance(method, Iterable) and not isinstance(method, str):
-        given = tuple(method)
+    several = isinstance(method, Iterable) and not isinstance(method, str | bytes | Mapping)
+    if several and not hasattr(method, "shape"):  # an empty array is no wish for a dense graph
+        given = tuple(method)  # type: ignore[arg-type]
     for item in given:
         if not isinstance(item, Method):
-            raise MethodError(f"method={item!r} must be a LaplacianMerge, KVDownsample, ToMe, ToDo or BlockPool")
+            told = checks.told("method", item)
+            raise MethodError(f"{told} must be a LaplacianMerge, KVDownsample, ToMe, ToDo or BlockPool")
     methods = tuple(sorted((item for item in given if isinstance(item, Method)), key=lambda item: item.kind))
     kinds = [item.kind for item in methods]
     for kind in (MERGE, KV):
@@ -280,20 +276,23 @@ def _text(method: _Merge | KVMethod, leading: str) -> str:
     return ":".join(parts)
 
 
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise MethodError(f"{name}={value!r} must be {' or '.join(map(repr, choices))}")
+def _keep(method: object, name: str, value: object) -> None:
+    """Put a field of a frozen method into its plain form, such as an int of numpy's int64, while it is made."""
+    object.__setattr__(method, name, value)
 
 
-def _number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise MethodError(f"{name}={value!r} must be a finite number")
+def _number(name: str, value: Any) -> float:
+    return checks.number(name, value, error=MethodError)
 
 
-def _check_levels(levels: int | None) -> None:
-    if levels is not None and not _is_positive(levels):
-        raise MethodError(f"levels={levels!r} must be a positive integer, or None for all")
+def _positive_or_none(name: str, value: Any, none: str) -> int | None:
+    right = f"a positive integer, or None for {none}"
+    return None if value is None else checks.integer(name, value, least=1, right=right, error=MethodError)
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _cell(value: Any) -> tuple[int, int]:
+    pair = isinstance(value, tuple) and len(value) == 2 and all(map(checks.counts, value))
+    if not pair or math.prod(value) < 2:
+        right = "two positive integers (rows, columns), two tokens or more"
+        raise MethodError(f"{checks.told('cell', value)} must be {right}")
+    return int(value[0]), int(value[1])

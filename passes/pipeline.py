@@ -87,7 +87,7 @@ def rewrite(
     """
     check_form(grid)
     with _uncollected():
-        return _rewrite(module, methods, None if grid is None else (grid[0], grid[1]), kept or {})
+        return _rewrite(module, methods, None if grid is None else (int(grid[0]), int(grid[1])), kept or {})
 
 
 @contextmanager

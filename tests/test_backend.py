@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.registry import list_backends
+from torch._dynamo.backends.registry import list_backends, lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
@@ -253,6 +253,57 @@ def test_a_second_size_is_its_own_graph(caplog: pytest.LogCaptureFixture) -> Non
     torch.testing.assert_close(output, bgx.optimize(model, method=MERGE, backend="eager")(large))
 
 
+SIZES = ((4, 6), (8, 6), (8, 8), (4, 6), (8, 8))
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@torch.no_grad()
+def test_each_size_has_a_graph_whatever_dynamic_is(dynamic: bool | None, backend: str) -> None:
+    model, count = toys.Separate().eval(), 0
+
+    def inner(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal count
+        count += 1
+        nodes = gm.graph.find_nodes(op="placeholder")
+        assert len(inputs) == len(nodes), "a graph takes what it is shown"
+        sizes = [size for node in nodes if isinstance(node.meta["val"], Tensor) for size in node.meta["val"].shape]
+        assert all(type(size) is int for size in sizes)
+        run: Callable[..., Any] = lookup_backend(backend)(gm, inputs)
+        return run
+
+    fast = torch.compile(model, backend=bigain, dynamic=dynamic, options={"method": MERGE, "backend": inner})
+    for size in SIZES:
+        image = torch.randn(2, 5, 16, 16)[:, 1:4, : size[0], : size[1]]  # within a larger one: strides, an offset
+        torch.testing.assert_close(fast(image), bgx.optimize(model, method=MERGE, backend="eager")(image))
+    assert count == len(set(SIZES)) or dynamic
+
+
+@torch.no_grad()
+def test_a_second_size_by_inductor() -> None:
+    model = toys.Separate().eval()
+    fast = torch.compile(model, backend=bigain, options={"method": MERGE})
+    for size in SIZES[:3]:
+        image = torch.randn(2, 3, *size)
+        expected = bgx.optimize(model, method=MERGE, backend="eager")(image)
+        torch.testing.assert_close(fast(image), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize(("numbers", "said"), [((7, 8, 9, 7), 2), ((0.5, 0.25, 0.125, 0.5), 0)])
+@torch.no_grad()
+def test_numbers_that_change(
+    dynamic: bool | None, numbers: tuple[float, ...], said: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = timed()
+    fast = torch.compile(model, backend=bigain, dynamic=dynamic, options={"method": MERGE, "backend": "aot_eager"})
+    for number in numbers:
+        expected = bgx.optimize(model, method=MERGE, backend="eager")(IMAGE, number)
+        torch.testing.assert_close(fast(IMAGE, number), expected, atol=1e-5, rtol=1e-5)
+    warnings = [line for line in messages(caplog) if "timestep changes from call to call" in line]
+    assert len(warnings) == (said if dynamic is None else 0)
+
+
 @torch.no_grad()
 def test_graph_breaks_are_only_more_graphs() -> None:
     model, image = toys.Separate().eval(), toys.image()
@@ -272,18 +323,16 @@ def frozen() -> nn.Module:
     return timed().requires_grad_(False)
 
 
-def two_sizes() -> None:
-    fast = torch.compile(toys.Separate().eval(), backend=bigain, options={"method": MERGE, "backend": "eager"})
-    with torch.no_grad():
-        fast(toys.image())
-        fast(torch.randn(2, 3, 8, 6))
+def unbacked() -> None:
+    image = torch.randn(2, 3, 8, 6)
+    torch._dynamo.decorators.mark_unbacked(image, 2)
+    plain(image, options={"method": MERGE, "backend": "eager"})
 
 
-def two_numbers() -> None:
-    fast = torch.compile(timed(), backend=bigain, options={"method": MERGE, "backend": "eager"})
-    with torch.no_grad():
-        for step in (7, 8):
-            fast(IMAGE, step)
+def marked() -> None:
+    image = torch.randn(2, 3, 8, 6)
+    torch._dynamo.mark_dynamic(image, 2)
+    plain(image, options={"method": MERGE, "backend": "eager"})
 
 
 def without_gradients(function: Callable[..., Any], *args: Any) -> Any:
@@ -291,8 +340,9 @@ def without_gradients(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
 
-def plain(**options: Any) -> Any:
-    return without_gradients(torch.compile(toys.Separate().eval(), backend=bigain, **options), toys.image())
+def plain(image: Tensor | None = None, **options: Any) -> Any:
+    fast = torch.compile(toys.Separate().eval(), backend=bigain, **options)
+    return without_gradients(fast, toys.image() if image is None else image)
 
 
 def misnamed(image: Tensor, when: Tensor) -> Any:
@@ -310,20 +360,20 @@ MISNAMED = timed()
         (lambda: plain(options={"grid": (4, 6)}), bgx.MethodError, "options has no method; write"),
         (lambda: plain(options={"method": 0.7}), bgx.MethodError, "method=0.7 must be a LaplacianMerge"),
         (lambda: plain(options={"metod": MERGE}), bgx.InputError, "has 'metod'; the backend 'bigain' takes method, gr"),
-        (lambda: plain(options={"method": MERGE, "backend": "nil"}), bgx.InputError, "backend='nil'.*Invalid backend"),
+        (lambda: plain(options={"method": MERGE, "backend": "nil"}), bgx.InputError, "backend='nil' is not known"),
         (lambda: plain(options={"method": MERGE, "backend": 3}), bgx.InputError, "backend=3 must be a name"),
         (lambda: plain(options={"method": MERGE, "mode": "fast"}), bgx.InputError, "mode='fast'.*should be one of"),
         (lambda: plain(options={"method": MERGE, "mode": "max-autotune", "backend": "eager"}), bgx.InputError,
-         "mode='max-autotune' is inductor's"),
+         "mode='max-autotune': backend='eager' has none"),
+        (lambda: plain(options={"method": MERGE, "backend": "bigain"}), bgx.InputError, "is what rewrites the graph"),
+        (lambda: plain(options={"method": MERGE, "backend": bigain}), bgx.InputError, "is what rewrites the graph"),
         (lambda: plain(options={"method": MERGE, "grid": (3, 3)}), bgx.GridError, r"grid=\(3, 3\) contradicts"),
         (lambda: plain(options={"method": MERGE, "grid": lambda _: (4, 6)}), bgx.InputError, "grid=.* is a function"),
         (lambda: plain(options={"method": MERGE, "grid": 64}), bgx.GridError, "grid=64 must be two positive integers"),
         (lambda: plain(options={"method": iter([MERGE])}), bgx.MethodError, "read only once.*give a list"),
         (lambda: plain(options={"method": SCHEDULE}), bgx.RewriteError, r"inputs \['image'\] is called timestep"),
-        (lambda: plain(dynamic=True, options={"method": MERGE}), bgx.InputError,
-         r"image has the symbolic shape \(.*s\d+.*\); call torch.compile with dynamic=False"),
-        (two_sizes, bgx.InputError, r"image has the symbolic shape \(.*s\d+.*\); call .* dynamic=False"),
-        (two_numbers, bgx.InputError, "timestep is a symbolic SymInt; call torch.compile with dynamic=False, and pass"),
+        (unbacked, bgx.InputError, r"image has the symbolic shape \(.*u\d+.*\); call .* dynamic=False"),
+        (marked, bgx.InputError, "image is marked as dynamic, and 'bigain' compiles for one size; leave mark_dynamic"),
         (lambda: without_gradients(compiled(timed(), SCHEDULE), IMAGE, 7), bgx.RewriteError,
          r"\['image'\] is called timestep.*pass it as a tensor"),
         (lambda: without_gradients(compiled(misnamed, SCHEDULE), IMAGE, STEP), bgx.RewriteError,

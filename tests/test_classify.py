@@ -243,7 +243,7 @@ def test_wilson_interval() -> None:
         ({"n_samples": (5, 20)}, r"to_keep=\(1,\) descend to 1, one for each round"),
         ({"n_samples": (5, 20), "to_keep": (1, 5)}, r"to_keep=\(1, 5\) descend to 1"),
         ({"to_keep": (2,)}, r"to_keep=\(2,\) descend to 1"),
-        ({"batch": 0}, "batch=0 must be at least 1"),
+        ({"batch": 0}, "batch=0 must be an integer from 1"),
         ({"scheduler": DDIMScheduler(prediction_type="sample")}, "prediction_type='sample' of the scheduler must be"),
         ({"conditions": {}}, r"conditions have shapes \[\]; all must be tensors with one row for each"),
         ({"conditions": {"class_labels": torch.zeros(1)}}, r"conditions have shapes \[\(1,\)\]"),
@@ -265,5 +265,5 @@ def test_bad_input_is_refused_in_one_line(change: dict[str, Any], message: str) 
 
 @pytest.mark.parametrize("shape", [(0, 1, 8, 8), (8, 8)])
 def test_latents_that_are_none_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(bgx.InputError, match=r"latents have shape"):
+    with pytest.raises(bgx.InputError, match=r"latents are torch.float32"):
         of(tiny())(torch.zeros(shape))

@@ -165,7 +165,7 @@ def test_a_class_conditional_pipeline_is_asked_for_the_classes_of_the_data(
         (["export", "mnist-dit", "--lint-only", "a.onnx"], "MODEL and --lint-only do not go together"),
         (["export", "sd9"], "error: model='sd9' is neither a folder"),
         (["export", "mnist-dit", "--format", "tflite"], "'tflite' is not one of"),
-        (["export", "mnist-dit", "--opset", "17"], "error: opset=17 must be from 18 to 23"),
+        (["export", "mnist-dit", "--opset", "17"], "error: opset=17 must be an integer from 18 to 23"),
         (["export", "mnist-dit", "--dtype", "bfloat16"], "error: dtype torch.bfloat16 is not exported to ONNX"),
         (["export", "--lint-only", "no.onnx"], "error: path='no.onnx': cannot be read"),
         (["inspct", "sd2"], "Did you mean 'inspect'?"),

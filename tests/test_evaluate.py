@@ -16,10 +16,11 @@ from torch import Tensor, nn
 import bigain_fx as bgx
 from bigain_fx.classify import Classification
 from bigain_fx.evidence import summary
-from bigain_fx.evidence.evaluate import Evaluation, Measured, Samples, Settings
+from bigain_fx.evidence.evaluate import Evaluation, Measured, Samples, Settings, _read
 from bigain_fx.evidence.statistics import bootstrap, mcnemar
 from bigain_fx.passes.grammar import parse_list
 from bigain_fx.subject import Subject
+from tests.damage import bytes_of, values_of
 from tests.test_sample import _one_thread, tiny  # noqa: F401
 
 CLASSES = ("a", "b", "c")
@@ -77,6 +78,62 @@ def test_what_is_there_is_not_worked_out_again(tmp_path: Path) -> None:
     fewer = measure(broken, images=40, generate=20)
     assert torch.equal(fewer.classification.errors, first.classification.errors[:40])
     assert torch.equal(fewer.generated, first.generated[:20])
+
+
+def test_damaged_chunks_are_worked_out_again(tmp_path: Path) -> None:
+    whole = measure(Evaluation(subject(), samples(), SETTINGS, tmp_path))
+    files = sorted((tmp_path / "bigain-tm_0.5").iterdir())
+    good = {file: file.read_bytes() for file in files}
+    assert len(files) == 6
+    about = Evaluation(subject(), samples(), SETTINGS, tmp_path)._about
+    for index, (file, content) in enumerate(good.items()):
+        assert _read(file, f"bigain-tm_0.5/{file.stem} {about}") is not None
+        for damaged in bytes_of(content, index, 60):
+            file.write_bytes(damaged)
+            assert _read(file, f"bigain-tm_0.5/{file.stem} {about}") is None, damaged
+    assert_same(whole, measure(Evaluation(subject(), samples(), SETTINGS, tmp_path)))
+    assert {file: file.read_bytes() for file in files} == good, "and kept again"
+
+
+def test_a_chunk_in_anothers_place_is_worked_out_again(tmp_path: Path) -> None:
+    whole = measure(Evaluation(subject(), samples(), SETTINGS, tmp_path))
+    first, second, *_ = sorted((tmp_path / "bigain-tm_0.5").iterdir())
+    first.write_bytes(second.read_bytes())
+    assert_same(whole, measure(Evaluation(subject(), samples(), SETTINGS, tmp_path)))
+
+
+def test_damaged_settings_are_written_again(tmp_path: Path) -> None:
+    whole = measure(Evaluation(subject(), samples(), SETTINGS, tmp_path))
+    file = tmp_path / "settings.json"
+    good = file.read_bytes()
+    one, said = subject(), []
+    for content in [*list(values_of(json.loads(good)))[::4], *bytes_of(good, 0, 60)]:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        try:
+            Evaluation(one, samples(), SETTINGS, tmp_path)
+            assert json.loads(file.read_bytes()) == json.loads(good)
+        except bgx.InputError as error:  # a value of the same kind: another evaluation
+            said.append(str(error))
+    assert len(said) < 40
+    assert all("name another folder" in line and "\n" not in line for line in said)
+    file.write_text("{")
+    evaluation = Evaluation(subject(), samples(broken=0), SETTINGS, tmp_path)  # would raise
+    assert_same(whole, measure(evaluation))
+    assert file.read_bytes() == good
+    file.write_text("{")
+    other = replace(SETTINGS, seed=1)
+    mixed = measure(Evaluation(subject(), samples(), other, tmp_path))
+    assert_same(mixed, measure(Evaluation(subject(), samples(), other, tmp_path / "other")))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    evaluation = Evaluation(subject(), samples(), SETTINGS, tmp_path)
+    (tmp_path / "bigain-tm_0.5" / "classify-000000-000020.safetensors").mkdir(parents=True)
+    with pytest.raises(bgx.InputError, match=r"classify-000000-000020\.safetensors' cannot be written.*another folder"):
+        measure(evaluation)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(bgx.InputError, match=r"settings\.json' cannot be written.*name another folder"):
+        Evaluation(subject(), samples(), SETTINGS, tmp_path / "file")
 
 
 def test_other_weights_are_another_evaluation(tmp_path: Path) -> None:

@@ -425,7 +425,7 @@ def test_a_move_that_fails_says_what_was_moved(
         ({"model": bgx.optimize(unet(), method=())}, "model is a OptimizedDenoiser; export the original"),
         ({"dtype": "float16"}, "dtype='float16' must be a floating torch.dtype"),
         ({"dtype": torch.int8}, r"dtype=torch.int8 must be a floating torch.dtype"),
-        ({"args": torch.randn(2, 4, 8, 8)}, "inputs must be a tuple args and a mapping kwargs"),
+        ({"args": torch.randn(2, 4, 8, 8)}, r"args=Tensor \(2, 4, 8, 8\) must be a tuple"),
     ],
 )
 def test_what_cannot_be_exported(
@@ -441,12 +441,12 @@ def test_what_cannot_be_exported(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kwargs": None, "example_inputs": [1]}, "inputs must be a tuple args and a mapping kwargs"),
-        ({"kwargs": None, "example_inputs": [(1, 2)]}, "inputs must be a tuple args and a mapping kwargs"),
+        ({"kwargs": None, "example_inputs": [1]}, "kwargs=1 must be a mapping"),
+        ({"kwargs": None, "example_inputs": [(1, 2)]}, "args=1 must be a tuple"),
         ({"path": "u.pb"}, r"path='.*u.pb' must end in .onnx"),
         ({"path": "no/u.onnx"}, "in a folder that is there"),
-        ({"opset": 17}, "opset=17 must be from 18 to 23"),
-        ({"attention": "flash"}, "attention='flash' must be one of MultiHeadAttention, standard"),
+        ({"opset": 17}, "opset=17 must be an integer from 18 to 23"),
+        ({"attention": "flash"}, "attention='flash' must be 'MultiHeadAttention' or 'standard'"),
         ({"dtype": torch.bfloat16}, "dtype torch.bfloat16 is not exported to ONNX: .* use dtype=torch.float16"),
         ({"example_inputs": []}, "example_inputs is given beside args or kwargs"),
         ({"kwargs": None, "example_inputs": []}, "example_inputs is empty"),

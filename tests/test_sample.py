@@ -137,8 +137,8 @@ def test_one_graph_serves_sampling_and_classification(make: Callable[[], ClassCo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps=0 must be between 1 and the scheduler's 1000"),
-        ({"batch": 0}, "batch=0 must be at least 1"),
+        ({"steps": 0}, "steps=0 must be an integer from 1 to the scheduler's 1000"),
+        ({"batch": 0}, "batch=0 must be an integer from 1"),
         ({"noise": torch.zeros(2, 1, 8, 8)}, r"noise has shape \(2, 1, 8, 8\); it must be \(1, 1, 8, 8\)"),
         ({"labels": torch.tensor([3])}, r"labels=\[3\] must be classes from 0 to 2"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bigain_fx import select
 from bigain_fx.capture import capture
 from bigain_fx.passes.methods import normalize
 from bigain_fx.passes.pipeline import rewrite
+from tests.damage import bytes_of, values_of
 from tests.test_scope import Blocks
 from tests.toys import C, H, N, Separate, W
 
@@ -140,6 +142,62 @@ def test_times_are_kept_and_belong_to_one_setup(timed: Callable[..., list[int]],
     file.write_text('{"dense": {}}')  # as another version would have left it
     assert merges(optimized(MERGE).report) == ["merge"] * 2
     assert measured == [2] * 5
+
+
+def plausible(content: str | bytes) -> bool:
+    """Whether times could have been kept so: positive, finite, and in order."""
+    try:
+        kept = json.loads(content)
+        rows = [[kept[part][name] for name in ("fastest", "low", "median", "high")] for part in ("dense", "rewritten")]
+        whole = len(kept) == 2 and all(len(kept[part]) == 4 for part in kept)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    fine = all(type(each) in (int, float) and 0 < each < 1e38 for row in rows for each in row)
+    return whole and fine and all(row == sorted(row) for row in rows)
+
+
+def test_damaged_times_are_measured_again(timed: Callable[..., list[int]], tmp_path: Path) -> None:
+    model = Separate().eval()
+    inputs = {"image": INPUTS["image"]}
+    timed((0.010, 0.002))
+    optimized(MERGE, model, inputs)
+    (file,) = (tmp_path / "bigain_fx").iterdir()
+    good = file.read_bytes()
+    damaged: list[str | bytes] = [*values_of(json.loads(good)), *bytes_of(good, 0, 300)]
+    for content in damaged:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        before, found = plausible(content), select._read(file)
+        assert (found is not None) == before, content
+    times = [value for value in damaged if not plausible(value)]
+    measured = timed((0.010, 0.002))
+    for count, content in enumerate(times[:: len(times) // 12], 1):
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        report = optimized(MERGE, model, inputs).report
+        assert merges(report) == ["merge"]
+        assert len(measured) == count, "measured again"
+        assert file.read_bytes() == good, "and kept again"
+    file.unlink()
+    file.mkdir()  # which cannot be replaced
+    assert merges(optimized(MERGE, model, inputs).report) == ["merge"]
+
+
+class Stop(BaseException):
+    """As a test runner's own timeout is."""
+
+
+@pytest.mark.parametrize("stop", [TimeoutError, InterruptedError, CancelledError, KeyboardInterrupt, Stop])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_stops_the_work_is_no_reason_to_stay_dense(stop: type[BaseException], wrapped: bool) -> None:
+    def stopped(module: Any, inputs: Any) -> Any:
+        if not wrapped:
+            raise stop("enough")
+        try:
+            raise stop("enough")
+        except stop as error:
+            raise RuntimeError("cannot compile") from error
+
+    with pytest.raises(stop, match="enough"):
+        optimized(MERGE, backend=stopped)
 
 
 def test_the_kernels_switch_belongs_to_the_setup(

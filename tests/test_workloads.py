@@ -104,7 +104,7 @@ def broken(folder: Path, text: str) -> str:
         (lambda p: load("sd9"), "model='sd9' is neither a folder nor one of mnist-dit"),
         (lambda p: load("sd2", size=0, device="meta"), "size=0 must be a positive even number"),
         (lambda p: load("sd2", size=63, device="meta"), "size=63 must be a positive even number"),
-        (lambda p: load("sd2", batch=0, device="meta"), "batch=0 must be at least 1"),
+        (lambda p: load("sd2", batch=0, device="meta"), "batch=0 must be an integer from 1"),
         (lambda p: load("sd2", layers=2, device="meta"), "layers=2: sd2 is not one of sdxl, dit-xl-2, pixart"),
         (lambda p: load("sd3", layers=25, device="meta"), "layers=25 must lie between 1 and 24, which sd3 has"),
         (lambda p: load(str(p)), "holds no config.json"),

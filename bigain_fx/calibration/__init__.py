@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import overload
 
 from torch import nn
@@ -12,6 +13,7 @@ from bigain_fx.calibration.alpha import AlphaCalibration
 from bigain_fx.calibration.calls import Call
 from bigain_fx.calibration.ratio import RatioCalibration
 from bigain_fx.families import GridHint
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.methods import KVDownsample, MergeMethod
 
@@ -57,15 +59,25 @@ def calibrate(
         cells: ``(rows, columns)`` to try for a merge beside its own. Larger ones let some attentions merge nearly all.
 
     Raises:
+        MethodError: an entry of ``cells`` is no cell.
         InputError: no call, one without a timestep or with several, or a schedule of alpha from one timestep; calls of
             different shapes, to calibrate ratios; ``method`` is no such method, or rewrites no attention.
         BigainError: as for :func:`bigain_fx.optimize`.
     """
-    given = [dict(call) for call in calls]
+    if not isinstance(calls, Iterable) or isinstance(calls, str | Mapping):
+        raise InputError(f"{checks.told('calls', calls)} must be several calls, a mapping of arguments each")
+    given = [dict(checks.keywords("calls", call)) for call in calls]
+    checks.flag("schedule", schedule)
+    if not isinstance(cells, Iterable) or isinstance(cells, str | bytes):
+        raise InputError(f"{checks.told('cells', cells)} must be pairs (rows, columns), such as ((4, 4),)")
     if not given:
         raise InputError("calls is empty; give the arguments of some calls, at several timesteps")
     if isinstance(method, KVDownsample):
         return alpha.fit(model, given, method, schedule=schedule, grid=grid)
     if isinstance(method, MergeMethod):
-        return ratio.fit(model, given, method, cells=tuple(cells), grid=grid)
-    raise InputError(f"method={method!r} has neither an alpha nor a ratio; give a KVDownsample, or a merge")
+        pairs = [tuple(cell) if isinstance(cell, list) else cell for cell in cells]
+        tried = [replace(method, ratio=0.0, cell=cell).cell for cell in pairs]  # what is no cell is refused
+        return ratio.fit(model, given, method, cells=tried, grid=grid)
+    raise InputError(
+        f"{checks.told('method', method)} has neither an alpha nor a ratio; give a KVDownsample, or a merge"
+    )

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigain_fx.passes.errors import InputError
+from bigain_fx.passes.checks import told
+from bigain_fx.passes.errors import InputError, first_line
 
 NAMES = ("mnist-dit", "mnist-unet", "photo-dit", "photo-unet")
 CLASSES = {"mnist": 10, "photo": 14}
@@ -69,14 +70,17 @@ def load(name: str) -> ClassConditional:
     from safetensors.torch import load_file
 
     if name not in NAMES:
-        raise InputError(f"name={name!r} is not an embedded denoiser; choose {' or '.join(NAMES)}")
+        raise InputError(f"{told('name', name)} is not an embedded denoiser; choose {' or '.join(NAMES)}")
     path = WEIGHTS / f"{name}.safetensors"
     if not path.exists():
         raise InputError(f"{path} is missing; reinstall, or train it: python -m bigain_fx.embedded.train {name}")
     denoiser = build(name)
-    tensors = {key: tensor.float() for key, tensor in load_file(path).items()}
-    tokens = tensors.pop("tokens", None)
-    denoiser.model.load_state_dict(tensors)
+    try:
+        tensors = {key: tensor.float() for key, tensor in load_file(path).items()}
+        tokens = tensors.pop("tokens", None)
+        denoiser.model.load_state_dict(tensors)
+    except Exception as error:  # of a file that is damaged
+        raise InputError(f"{path} cannot be read ({first_line(error)}); reinstall") from error
     denoiser.model.eval().requires_grad_(False)
     return replace(denoiser, class_tokens=tokens)
 

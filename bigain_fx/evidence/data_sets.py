@@ -6,6 +6,7 @@ Known by name are ImageNet-1K, ImageNet-100, the Oxford-IIIT Pets and COCO 2017.
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from bigain_fx.passes.checks import told
 from bigain_fx.passes.errors import InputError, first_line
 from bigain_fx.pictures import to_tensor
 
@@ -154,8 +156,8 @@ def open_data(source: str, *, size: int, kind: str | None = None, split: str | N
         raise InputError(f"kind={kind!r} is not a known data set; choose one of {', '.join(KNOWN)}")
     if source in KNOWN and kind not in (None, source):
         raise InputError(f"kind={kind!r} does not go with source={source!r}, which is a kind itself")
-    if source not in KNOWN and not Path(source).exists():
-        raise InputError(f"source={source!r} is no file, no folder, and none of {', '.join(KNOWN)}")
+    if source not in KNOWN and not os.path.exists(source):
+        raise InputError(f"{told('source', source)} is no file, no folder, and none of {', '.join(KNOWN)}")
     try:
         import datasets
     except ImportError as error:

@@ -1,12 +1,13 @@
 """Dense and compressed denoisers, classifying and generating the same images, measured so that it can be resumed.
 
 Whatever is worked out is written to the folder of the evaluation at once, a chunk of images at a time, each under its
-own name: started again, an evaluation goes on from there, and nothing is counted twice. Several processes may work
-on different methods of one folder.
+own name: started again, an evaluation goes on from there, and nothing is counted twice. What is damaged, or of other
+settings, is worked out again. Several processes may work on different methods of one folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bigain_fx.classify import Classification, DiffusionClassifier
+from bigain_fx.classify import Classification, DiffusionClassifier, check_rounds
 from bigain_fx.denoiser import OptimizedDenoiser, optimize
 from bigain_fx.embedded.features import as_bytes
 from bigain_fx.embedded.train import save_atomically
 from bigain_fx.noising import Noising
-from bigain_fx.passes.errors import InputError
+from bigain_fx.passes import checks
+from bigain_fx.passes.errors import InputError, first_line
 from bigain_fx.passes.methods import Methods
 from bigain_fx.sample import predict, sample
 from bigain_fx.subject import Subject
@@ -70,6 +73,13 @@ class Settings:
     steps: int = 20
     guidance: float = 2.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_rounds(self.n_samples, self.to_keep)
+        for name in ("batch", "steps"):
+            checks.integer(name, getattr(self, name), least=1, most=checks.MANY)
+        checks.number("guidance", self.guidance)
+        checks.integer("seed", self.seed, least=-checks.SEED, most=checks.SEED)
 
 
 @dataclass(frozen=True)
@@ -192,12 +202,15 @@ class Evaluation:
                 progress(stop - start)
 
     def _load(self, method: str, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What is kept under ``name``, or what ``make`` works out, which is kept then."""
         path = self.folder / re.sub(r"[^\w.+=-]", "_", method) / f"{name}.safetensors"
-        if not path.exists():
-            tensors = {key: value.contiguous() for key, value in make().items()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_atomically(lambda temporary: save_file(tensors, temporary), path)
-        return load_file(path)
+        about = f"{path.parent.name}/{name} {self._about}"
+        if (kept := _read(path, about)) is not None:
+            return kept
+        tensors = {key: value.contiguous() for key, value in make().items()}
+        seal = {"seal": _seal(about, tensors)}
+        _write(lambda temporary: save_file(tensors, temporary, seal), path)
+        return tensors
 
     def _check(self) -> None:
         """Write the settings, or compare them with those that are there."""
@@ -210,19 +223,60 @@ class Evaluation:
         mine = {
             "model": self.bundle.name, "weights": weights, "data": self.samples.name, **asdict(self.settings)
         }  # fmt: skip
-        mine = json.loads(json.dumps(mine))
+        self._about = json.dumps(mine)
+        mine = json.loads(self._about)
         path = self.folder / "settings.json"
-        if path.exists():
-            theirs: Mapping[str, Any] = json.loads(path.read_text())
-            if different := [key for key in mine if theirs.get(key) != mine[key]]:
-                key = different[0]
-                raise InputError(
-                    f"out={str(self.folder)!r} holds an evaluation with {key}={theirs.get(key)!r}, not {mine[key]!r}; "
-                    "name another folder"
-                )
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_atomically(lambda temporary: temporary.write_text(json.dumps(mine, indent=1)), path)
+        theirs = _read_settings(path, mine)
+        if theirs is None:  # every chunk tells its settings too
+            _write(lambda temporary: temporary.write_text(json.dumps(mine, indent=1)), path)
+        elif different := [key for key in mine if theirs[key] != mine[key]]:
+            key = different[0]
+            raise InputError(
+                f"out={str(self.folder)!r} holds an evaluation with {key}={theirs[key]!r}, not {mine[key]!r}; name "
+                "another folder"
+            )
+
+
+def _read_settings(path: Path, mine: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The settings at ``path``, if there are some, of the form of ``mine``."""
+    try:
+        theirs = json.loads(path.read_text())
+        same = {key: type(theirs[key]) for key in theirs} == {key: type(value) for key, value in mine.items()}
+    except (OSError, ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return None
+    return theirs if same else None
+
+
+def _read(path: Path, about: str) -> dict[str, Tensor] | None:
+    """The tensors at ``path``, if they are there, whole, and what ``about`` says."""
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            return tensors if (file.metadata() or {}).get("seal") == _seal(about, tensors) else None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
+        return None
+
+
+def _seal(about: str, tensors: Mapping[str, Tensor]) -> str:
+    """A digest that changes with any bit of ``tensors``, and with what they are about."""
+    found = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _write(write: Callable[[Path], object], path: Path) -> None:
+    """Write the file ``path`` whole.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(write, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{str(path)!r} cannot be written ({first_line(error)}); name another folder") from error
 
 
 class _Lazily:

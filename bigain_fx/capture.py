@@ -18,7 +18,7 @@ from bigain_fx.families import attention_backend
 from bigain_fx.passes.errors import CaptureError, InputError, first_line
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
-from bigain_fx.quantized import plain_weights, put_back
+from bigain_fx.quantized import plain_layers, put_back
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
         CaptureError: ``torch.export`` cannot capture it (its error is chained), or forward writes into a plain tensor.
     """
     try:
-        with torch.no_grad(), plain_weights(model) as quantized:
+        with torch.no_grad(), plain_layers(model) as quantized:
             program = torch.export.export(model, (), dict(arguments), strict=False)
             module = program.module(check_guards=False)
     except Exception as error:

@@ -28,7 +28,7 @@ from bigain_fx.capture import (
 from bigain_fx.passes.errors import GridError, InputError
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
-from bigain_fx.quantized import call_as_functions
+from bigain_fx.quantized import call_quantized
 from bigain_fx.regions import as_regions, own_cache
 from bigain_fx.report import Report
 from bigain_fx.settings import Settings
@@ -183,7 +183,7 @@ class OptimizedDenoiser(StandIn):
                 raise
             log.warning("%s: the grid that its inputs tell is not used: %s", self._name, error)
             rewritten = self._settings.rewrite(captured.module, self.methods, None)
-        call_as_functions(rewritten.module)
+        call_quantized(rewritten.module)
         report = Report.of(self._name, self.methods, rewritten)
         log.info("%s", report.headline)
         if self._settings.backend != "eager":

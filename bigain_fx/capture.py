@@ -18,7 +18,7 @@ from bigain_fx.families import attention_backend
 from bigain_fx.passes.errors import CaptureError, InputError, first_line
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
-from bigain_fx.quantized import plain_layers, put_back
+from bigain_fx.quantized import plain_layers, put_back, with_layer
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,9 @@ def capture(model: nn.Module, arguments: Mapping[str, Any]) -> Captured:
             program = torch.export.export(model, (), dict(arguments), strict=False)
             module = program.module(check_guards=False)
     except Exception as error:
-        raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {first_line(error)}") from error
+        raise CaptureError(
+            with_layer(f"torch.export cannot capture {type(model).__name__}: {first_line(error)}", model)
+        ) from error
     assert isinstance(module, GraphModule)
     put_back(module, quantized)
     if written := _constant_written(module.graph, model):

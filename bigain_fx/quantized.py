@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -75,16 +76,18 @@ def is_layer(module: nn.Module) -> bool:
     is none that the plain operator could take.
     """
     shape = _weight_shape(module)
-    if shape is None or module._modules:
+    if shape is None or not _has_own_forward(module):
         return False
     weight = getattr(module, "weight", None)
-    if type(module).forward in (nn.Linear.forward, *(kind.forward for kind in _CONVOLUTIONS)):
-        return False
     return type(weight) not in (Tensor, nn.Parameter) or weight.shape != shape or weight.dtype not in _PLAIN
 
 
+def _has_own_forward(module: nn.Module) -> bool:
+    return not module._modules and type(module).forward not in (kind.forward for kind in (nn.Linear, *_CONVOLUTIONS))
+
+
 def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
-    """The shape of the plain weight of a layer that acts as ``module``; None if it is neither linear nor convolution."""
+    """The shape of the plain weight that ``module`` would have; None if it is neither linear nor a convolution."""
     if isinstance(module, _CONVOLUTIONS):
         plain = module.padding_mode == "zeros"
         return (module.out_channels, module.in_channels // module.groups, *module.kernel_size) if plain else None
@@ -97,15 +100,32 @@ def named(owner: object) -> str:
     return f"{type(owner).__name__} of {type(owner).__module__.partition('.')[0]}"
 
 
+def first_layer(model: nn.Module) -> str | None:
+    """The first quantized layer of ``model`` in words, or None."""
+    layers = (f"{path} ({named(module)})" for path, module in model.named_modules() if is_layer(module))
+    return next(layers, None)
+
+
 def first_quantized(model: nn.Module) -> str | None:
     """The first quantized layer or weight of ``model`` in words, or None."""
-    for path, module in model.named_modules():
-        if is_layer(module):
-            return f"{path} (a {named(module)})"
-        for name, weight in module._parameters.items():
-            if _is_quantized(weight):
-                return f"{path}.{name} (a {named(weight)})"
-    return None
+    weights = (f"{path} ({named(weight)})" for path, weight in model.named_parameters() if _is_quantized(weight))
+    return first_layer(model) or next(weights, None)
+
+
+def with_layer(reason: str, model: nn.Module) -> str:
+    """``reason``, and a layer of ``model`` with a forward of its own, one that was traced if there is any."""
+    layers = [(is_layer(module), path, named(module)) for path, module in model.named_modules()
+              if _weight_shape(module) and _has_own_forward(module)]  # fmt: skip
+    if not layers:
+        return reason
+    _, path, kind = min(layers, key=itemgetter(0))
+    return f"{reason}; a layer that computes in its own way is {path} ({kind})"
+
+
+def kinds_of(graph: GraphModule) -> list[str]:
+    """The types of the weights of a graph, and of the layers that it calls."""
+    layers = [graph.get_submodule(str(node.target)) for node in graph.graph.find_nodes(op="call_module")]
+    return sorted({named(each) for each in (*graph.parameters(), *layers)})
 
 
 @contextmanager
@@ -113,7 +133,8 @@ def plain_layers(model: nn.Module) -> Iterator[Quantized]:
     """While it is open, stand-ins are in the places of quantized weights, and quantized layers act as plain ones."""
     modules = dict(model.named_modules())
     layers = {path: module for path, module in modules.items() if path and is_layer(module)}
-    saved = [(layer, dict(vars(layer))) for layer in layers.values()]
+    own = ("forward", "_forward_hooks", "_forward_pre_hooks")
+    saved = [(layer, {name: vars(layer)[name] for name in own if name in vars(layer)}) for layer in layers.values()]
     held = [
         (f"{path}.{name}" if path else name, module, name, weight)
         for path, module in modules.items()
@@ -130,7 +151,7 @@ def plain_layers(model: nn.Module) -> Iterator[Quantized]:
         yield Quantized({path: weight for path, _, _, weight in held}, layers)
     finally:
         for layer, attributes in saved:
-            vars(layer).clear()
+            vars(layer).pop("forward", None)
             vars(layer).update(attributes)
         for _, module, name, weight in held:
             module._parameters[name] = weight
@@ -159,16 +180,28 @@ def put_back(graph: GraphModule, quantized: Quantized) -> None:
     for path, weight in quantized.weights.items():
         owner, _, name = path.rpartition(".")
         graph.get_submodule(owner)._parameters[name] = weight
-    if quantized.layers:
-        Surgeon(graph).inline_contexts()
-    for module in graph.modules():
-        for node in module.graph.find_nodes(**_WEIGHTS) if isinstance(module, GraphModule) else ():
+    if not quantized.layers:
+        return
+    Surgeon(graph).inline_contexts()
+    for inner in _inner(graph):
+        for node in inner.graph.find_nodes(**_WEIGHTS):
             path: Any = node.args[1]
-            layer = quantized.layers[path]
-            if module is not graph:
-                raise CaptureError(f"{path}, a {named(layer)}, is called under autocast, which no graph can hold for it")
-            _check_acts(path, layer, next(iter(node.users)))
-            _stand_for(graph, node, LayerWeight.of(path, layer, node.meta["val"]))
+            kind = named(quantized.layers[path])
+            raise CaptureError(f"{path} ({kind}) runs under an autocast of its own, which no graph can hold")
+    for node in graph.graph.find_nodes(**_WEIGHTS):
+        path = node.args[1]
+        layer = quantized.layers[path]
+        _check_acts(path, layer, next(iter(node.users)))
+        _stand_for(graph, node, LayerWeight.of(path, layer, node.meta["val"]))
+
+
+def _inner(module: GraphModule) -> Iterator[GraphModule]:
+    """The graphs that nodes of ``module`` call."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        inner = getattr(module, str(node.target), None) if node.users else None
+        if isinstance(inner, GraphModule):
+            yield inner
+            yield from _inner(inner)
 
 
 def _stand_for(graph: GraphModule, node: Node, weight: LayerWeight) -> None:
@@ -196,15 +229,17 @@ def _check_acts(path: str, layer: nn.Module, call: Node) -> None:
         with torch.no_grad():
             found = layer(torch.ones(sizes, dtype=x.dtype, device=x.device))
     except Exception as error:
-        raise CaptureError(f"{path}, a {named(layer)}, does not run: {first_line(error)}") from error
+        raise CaptureError(f"{path} ({named(layer)}) does not run: {first_line(error)}") from error
     if type(found) is not Tensor:
-        kind = f"a {named(found)}"
+        kind = f"the type {named(found)}"
     elif (found.dtype, found.ndim) != (made.dtype, made.ndim):
         kind = f"{tuple(found.shape)} {found.dtype} for {tuple(sizes)} {x.dtype}"
     else:
         return
-    raise CaptureError(f"{path}, a {named(layer)}, gives {kind}, where a plain layer keeps the kind of tensor; quantize "
-                       "weights alone, to be computed in the dtype of the model")  # fmt: skip
+    raise CaptureError(
+        f"{path} ({named(layer)}) gives {kind}, where a plain layer keeps the kind of tensor; quantize weights alone, "
+        "and let it compute in the dtype of the model"
+    )
 
 
 def call_quantized(graph: GraphModule) -> None:
@@ -226,19 +261,18 @@ def call_quantized(graph: GraphModule) -> None:
 
 def _call_layer(read: Node, path: str) -> None:
     """Call the layer at ``path`` in the place of all that reads ``read``, its weight, or some rows of it."""
-    graph, calls = read.graph, dict[Any, Node]()
-    for reader in sorted(read.users):
-        rows = slice_range(reader)[:2] if reader.target is aten.slice.Tensor else None
-        for user in sorted(reader.users) if rows else (reader,):
-            x = user.args[0]
-            with graph.inserting_before(user):
-                if x not in calls:
-                    calls[x] = graph.call_module(path, (x,))
-                    calls[x].meta = dict(user.meta)
-                part = graph.call_function(aten.slice.Tensor, (calls[x], -1, *rows)) if rows else calls[x]
-            part.meta = dict(user.meta)
-            user.replace_all_uses_with(part)
-            graph.erase_node(user)
-        if rows:
-            graph.erase_node(reader)
-    graph.erase_node(read)
+    graph, calls, cuts = read.graph, dict[Any, Node](), dict[Node, Node]()
+    for reader in list(read.users):
+        if reader.target is aten.slice.Tensor:
+            cuts |= dict.fromkeys(reader.users, reader)
+        else:
+            reader.op, reader.target, reader.args, reader.kwargs = "call_module", path, reader.args[:1], {}
+    for part in sorted(cuts):
+        x = part.args[0]
+        if x not in calls:
+            with graph.inserting_before(part):
+                calls[x] = graph.call_module(path, (x,))
+            calls[x].meta = dict(part.meta)
+        part.target, part.args = aten.slice.Tensor, (calls[x], -1, *slice_range(cuts[part])[:2])
+    for node in (*set(cuts.values()), read):
+        graph.erase_node(node)

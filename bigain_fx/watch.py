@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigain_fx.quantized import is_layer
+
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, enum.Enum)
 _REGISTRIES = {"_parameters", "_buffers", "_modules"}
 _READ_BY_CALLS = _REGISTRIES | {"training", "_forward_hooks", "_forward_pre_hooks"}
@@ -86,6 +88,9 @@ class Watch:
         self._buffers = dict(self._model.named_buffers(remove_duplicate=False))
         for path, module in self._model.named_modules():
             self._modules.append(module)
+            if is_layer(module):  # which graphs call as it is
+                self._note(path, module)
+                continue
             self._holders.append(vars(module).values())
             self._note(path or type(module).__name__, module)
             for name, value in vars(module).items():

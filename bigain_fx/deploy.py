@@ -133,9 +133,9 @@ def export_onnx(
 
     check(model, dtype)
     target = _check_path(path, ".onnx")
-    if found := first_quantized(model):
+    if quantized := first_quantized(model):
         raise ExportError(
-            f"{found} is quantized, and ONNX has no operator for it; export the model before it is quantized, with "
+            f"{quantized} is quantized, and ONNX has no operator for it; export the model before it is quantized, with "
             "dtype=torch.float16 for half the bytes"
         )
     examples = examples_of(args, kwargs, example_inputs)
@@ -197,9 +197,9 @@ def export_package(
 
     check(model, dtype)
     target = _check_path(path, ".pt2")
-    if found := first_layer(model):
+    if layer := first_layer(model):
         raise ExportError(
-            f"{found} is quantized, and runs in Python, which a package does without; use optimize(), or export the "
+            f"{layer} is quantized, and runs in Python, which a package does without; use optimize(), or export the "
             "model before it is quantized"
         )
     (example,) = examples_of(args, kwargs, None)

@@ -78,7 +78,7 @@ def is_layer(module: nn.Module) -> bool:
     shape = _weight_shape(module)
     if shape is None or not _has_own_forward(module):
         return False
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     return type(weight) not in (Tensor, nn.Parameter) or weight.shape != shape or weight.dtype not in _PLAIN
 
 
@@ -130,31 +130,54 @@ def kinds_of(graph: GraphModule) -> list[str]:
 
 @contextmanager
 def plain_layers(model: nn.Module) -> Iterator[Quantized]:
-    """While it is open, stand-ins are in the places of quantized weights, and quantized layers act as plain ones."""
+    """While it is open, plain stand-ins are in the places of quantized weights, and of quantized layers."""
     modules = dict(model.named_modules())
     layers = {path: module for path, module in modules.items() if path and is_layer(module)}
-    own = ("forward", "_forward_hooks", "_forward_pre_hooks")
-    saved = [(layer, {name: vars(layer)[name] for name in own if name in vars(layer)}) for layer in layers.values()]
+    twins = {id(layer): _twin(path, layer) for path, layer in layers.items()}
+    parts = [
+        (module, name, part)
+        for module in modules.values()
+        for name, part in module._modules.items()
+        if id(part) in twins
+    ]
     held = [
         (f"{path}.{name}" if path else name, module, name, weight)
         for path, module in modules.items()
+        if id(module) not in twins
         for name, weight in module._parameters.items()
         if weight is not None and _is_quantized(weight)
     ]
     try:
         for _, module, name, weight in held:
-            plain = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
-            module._parameters[name] = nn.Parameter(plain, requires_grad=False)
-        for path, layer in layers.items():
-            # Its hooks are its own: they run with it.
-            vars(layer).update(forward=_plain_forward(path, layer), _forward_hooks={}, _forward_pre_hooks={})
+            module._parameters[name] = _without_memory(weight)
+        for module, name, part in parts:
+            module._modules[name] = twins[id(part)]
         yield Quantized({path: weight for path, _, _, weight in held}, layers)
     finally:
-        for layer, attributes in saved:
-            vars(layer).pop("forward", None)
-            vars(layer).update(attributes)
+        for module, name, part in parts:
+            module._modules[name] = part
         for _, module, name, weight in held:
             module._parameters[name] = weight
+
+
+def _without_memory(weight: nn.Parameter) -> nn.Parameter:
+    plain = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+    return nn.Parameter(plain, requires_grad=False)
+
+
+def _twin(path: str, layer: nn.Module) -> nn.Module:
+    """A copy of ``layer`` that acts as the plain operator; the layer itself may be at work in another thread.
+
+    Its hooks are left out: they run with the layer.
+    """
+    twin: nn.Module = object.__new__(type(layer))
+    weights = {
+        name: _without_memory(weight) if weight is not None and _is_quantized(weight) else weight
+        for name, weight in layer._parameters.items()
+    }
+    own = {"_parameters": weights, "_buffers": dict(layer._buffers), "_forward_hooks": {}, "_forward_pre_hooks": {}}
+    vars(twin).update(vars(layer) | own, forward=_plain_forward(path, layer))
+    return twin
 
 
 def _plain_forward(path: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -164,8 +187,8 @@ def _plain_forward(path: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         weight = torch.ops.bigain.weight_of(x, path, shape)
         if isinstance(layer, _CONVOLUTIONS):
-            result: Tensor = layer._conv_forward(x, weight, None)  # type: ignore[arg-type]
-            return result
+            convolved: Tensor = layer._conv_forward(x, weight, None)
+            return convolved
         return nn.functional.linear(x, weight)
 
     return forward
@@ -177,6 +200,7 @@ def put_back(graph: GraphModule, quantized: Quantized) -> None:
     Raises:
         CaptureError: a layer that does not act as the plain operator that it was taken for.
     """
+    path: Any
     for path, weight in quantized.weights.items():
         owner, _, name = path.rpartition(".")
         graph.get_submodule(owner)._parameters[name] = weight
@@ -185,7 +209,7 @@ def put_back(graph: GraphModule, quantized: Quantized) -> None:
     Surgeon(graph).inline_contexts()
     for inner in _inner(graph):
         for node in inner.graph.find_nodes(**_WEIGHTS):
-            path: Any = node.args[1]
+            path = node.args[1]
             kind = named(quantized.layers[path])
             raise CaptureError(f"{path} ({kind}) runs under an autocast of its own, which no graph can hold")
     for node in graph.graph.find_nodes(**_WEIGHTS):
@@ -220,6 +244,8 @@ def _check_acts(path: str, layer: nn.Module, call: Node) -> None:
     Some layers get ready at their first call, and look like others afterwards.
     """
     x, made = call.args[0].meta["val"], call.meta["val"]  # type: ignore[union-attr]
+    if x.device.type == "meta":
+        return
     channels, window = [x.shape[-1]], []
     if isinstance(layer, _CONVOLUTIONS):
         spans = zip(layer.dilation, layer.kernel_size, strict=True)
@@ -232,7 +258,7 @@ def _check_acts(path: str, layer: nn.Module, call: Node) -> None:
         raise CaptureError(f"{path} ({named(layer)}) does not run: {first_line(error)}") from error
     if type(found) is not Tensor:
         kind = f"the type {named(found)}"
-    elif (found.dtype, found.ndim) != (made.dtype, made.ndim):
+    elif _kind(found, -1 - len(window)) != _kind(made, -1 - len(window)):
         kind = f"{tuple(found.shape)} {found.dtype} for {tuple(sizes)} {x.dtype}"
     else:
         return
@@ -240,6 +266,10 @@ def _check_acts(path: str, layer: nn.Module, call: Node) -> None:
         f"{path} ({named(layer)}) gives {kind}, where a plain layer keeps the kind of tensor; quantize weights alone, "
         "and let it compute in the dtype of the model"
     )
+
+
+def _kind(tensor: Tensor, channels: int) -> tuple[object, ...]:
+    return tensor.dtype, tensor.ndim, tensor.shape[channels] if tensor.ndim >= -channels else None
 
 
 def call_quantized(graph: GraphModule) -> None:

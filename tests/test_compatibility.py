@@ -169,6 +169,30 @@ def test_torchao_under_inductor(config: str) -> None:
     check_closer(found, expected, run(case, changed(case, change)))
 
 
+@pytest.mark.parametrize("config", QUANTIZATIONS)
+def test_torchao_is_no_onnx(config: str, tmp_path: Path) -> None:
+    model = changed(BY_NAME["dit"], quantized(config)).transformer
+    with pytest.raises(bgx.ExportError, match=r"linear_1\.weight \(\w+ of torchao\) is quantized") as caught:
+        bgx.export_onnx(model, (), tmp_path / "dit.onnx", kwargs=CALL, method=METHOD)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchao_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = changed(BY_NAME["dit"], quantized(QUANTIZATIONS[0])).transformer
+    fast = bgx.optimize(model, kwargs=CALL, method=METHOD, select="auto", backend="eager")
+    assert all(site.ms is not None for site in fast.report.sites)
+
+
+@pytest.mark.slow
+def test_torchao_in_a_package(tmp_path: Path) -> None:
+    model = changed(BY_NAME["dit"], quantized(QUANTIZATIONS[0])).transformer
+    expected = bgx.optimize(model, kwargs=CALL, method=METHOD, backend="eager")(**CALL).sample
+    bgx.export_package(model, (), tmp_path / "dit.pt2", kwargs=CALL, method=METHOD)
+    torch.testing.assert_close(bgx.load_package(tmp_path / "dit.pt2")(**CALL).sample, expected, atol=1e-3, rtol=1e-3)
+
+
 def wide_dit(quantizer: str | None, adapter: bool) -> DiTTransformer2DModel:
     """Of 64 channels, which every quantizer takes."""
     torch.manual_seed(0)

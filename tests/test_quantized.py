@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import bigain_fx as bgx
+from bigain_fx.capture import check_inputs
 from bigain_fx.quantized import plain_layers
 from tests import toys
 from tests.test_sites import with_oracle
@@ -113,14 +115,25 @@ def test_a_fused_layer_runs_once_for_each_input() -> None:
     assert toy.qkv.calls == called + 2  # type: ignore[union-attr]
 
 
-def test_the_model_is_as_it_was() -> None:
+def state(module: nn.Module) -> dict[str, Any]:
+    held = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(module).items()}
+    return {name: value for name, value in held.items() if name != "calls"}
+
+
+def test_a_capture_leaves_model_and_graphs_alone() -> None:
+    """A graph of the model may be at work in another thread meanwhile."""
     toy = quantized(toys.Separate())
     toy.q.register_forward_hook(lambda module, args, output: None)
-    before = [dict(vars(module)) for module in toy.modules()]
-    with plain_layers(toy):
-        assert "forward" in vars(toy.q)
-    assert [dict(vars(module)) for module in toy.modules()] == before
     fast = optimized(toy, MERGE)
+    graph, expected = fast.prepare(image=IMAGE).graph, fast(IMAGE)
+    layers = list(toy.modules())
+    before = list(map(state, layers))
+    with plain_layers(toy), torch.no_grad():
+        assert toy.q not in layers
+        assert list(map(state, layers[1:])) == before[1:]
+        torch.testing.assert_close(graph(IMAGE)[0], expected)
+    assert list(toy.modules()) == layers
+    assert list(map(state, layers)) == before
     assert fast.state_dict().keys() == toy.state_dict().keys()
     assert [id(weight) for weight in fast.parameters()] == [id(weight) for weight in toy.parameters()]
 
@@ -144,8 +157,6 @@ def test_a_layer_is_called_as_it_is_now(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_copies_and_dtypes() -> None:
-    import copy
-
     toy = quantized(toys.Separate())
     fast = optimized(toy, MERGE)
     expected = fast(IMAGE)
@@ -160,6 +171,11 @@ def test_copies_and_dtypes() -> None:
 class Wide(Linear8):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).double()  # type: ignore[no-any-return]
+
+
+class Short(Linear8):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., :8]  # type: ignore[no-any-return]
 
 
 class Tagged(Tensor):
@@ -190,6 +206,7 @@ class Untraceable(nn.Linear):
     ("kind", "reason"),
     [
         (Wide, r"q \(Wide of tests\) gives \(1, 1, 16\) torch.float64 for \(1, 1, 16\) torch.float32, where"),
+        (Short, r"q \(Short of tests\) gives \(1, 1, 8\) torch.float32 for \(1, 1, 16\) torch.float32, where"),
         (Tagging, r"q \(Tagging of tests\) gives the type Tagged of tests, where"),
         (Broken, r"q \(Broken of tests\) does not run: call \.cuda\(\) first"),
         (
@@ -242,3 +259,12 @@ def test_files_are_refused(suffix: str, tmp_path: Path) -> None:
         export(quantized(toys.Separate()), (IMAGE,), tmp_path / f"toy{suffix}", method=MERGE)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_float8_is_no_dtype_to_compute_in() -> None:
+    layer = nn.Linear(2, 2)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with torch.no_grad():
+        check_inputs(layer, {"x": torch.ones(2)})
+        with pytest.raises(bgx.InputError, match=r"the weights torch\.float32"):
+            check_inputs(layer, {"x": torch.ones(2).double()})

@@ -25,7 +25,7 @@ from bigain_fx.passes.errors import CaptureError, InputError, first_line
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.passes.memory import roots, written
-from bigain_fx.quantized import plain_weights, put_back
+from bigain_fx.quantized import plain_layers, put_back, with_layer
 from bigain_fx.torch_internals import one_at_a_time
 
 
@@ -201,7 +201,8 @@ def check_inputs(model: nn.Module, arguments: Mapping[str, Any]) -> None:
             floating dtype.
     """
     check_gradients(arguments)
-    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    # Numbers of one byte are stored in it, not computed.
+    weight = next((p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
     if weight is None:
         return
     for name, tensor in _named_tensors(arguments):
@@ -304,11 +305,12 @@ def _exported(
         for path, tensor in numbers.items():
             container, name = state.place(path) or ({}, path)
             container[name] = tensor
-        with torch.no_grad(), plain_weights(model) as quantized:
+        with torch.no_grad(), plain_layers(model) as quantized:
             program = torch.export.export(model, (), dict(arguments), strict=False)
             module = program.module(check_guards=False)
     except Exception as error:
-        raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {first_line(error)}") from error
+        reason = f"torch.export cannot capture {type(model).__name__}: {first_line(error)}"
+        raise CaptureError(with_layer(reason, model)) from error
     finally:
         changed = [path for path in state.restore() if path not in numbers]
         clear_caches(model)

@@ -32,7 +32,7 @@ from bigain_fx.numbers import Numbers
 from bigain_fx.passes.errors import CaptureError, GridError, InputError
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Method, Methods, normalize
-from bigain_fx.quantized import call_as_functions
+from bigain_fx.quantized import call_quantized
 from bigain_fx.regions import as_regions
 from bigain_fx.report import Report, announce
 from bigain_fx.settings import Settings
@@ -290,7 +290,7 @@ class OptimizedDenoiser(StandIn):
                 raise
             log.warning("%s: the grid that its inputs tell is not used: %s", self._name, error)
             rewritten = self._settings.rewrite(captured.module, self.methods, None)
-        call_as_functions(rewritten.module)
+        call_quantized(rewritten.module)
         report = Report.of(self._name, self.methods, rewritten)
         if self._settings.backend != "eager":
             as_regions(rewritten.module)

@@ -20,6 +20,7 @@ from bigain_fx.passes import checks
 from bigain_fx.passes.errors import ExportError, InputError, first_line
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.passes.methods import Method, normalize
+from bigain_fx.quantized import first_layer, first_quantized
 from bigain_fx.report import Report
 from bigain_fx.trace import Example, Traced, cast, check, digest, examples_of, trace
 
@@ -123,9 +124,9 @@ def export_onnx(
 
     Raises:
         InputError: ``path``, ``dtype``, ``opset``, ``attention`` or the inputs are none of these; no onnx here.
-        ExportError: torch cannot export the graph, an output is not finite or deviates from torch's, or the files
-            cannot be written. Files that were there before are still there, and nothing else; where a disk fails
-            between two sizes, the error names those that were replaced.
+        ExportError: the model is quantized, torch cannot export the graph, an output is not finite or deviates from
+            torch's, or the files cannot be written. Files that were there before are still there, and nothing else;
+            where a disk fails between two sizes, the error names those that were replaced.
         BigainError: what :func:`bigain_fx.optimize` raises.
     """
     started = time.perf_counter()
@@ -137,6 +138,11 @@ def export_onnx(
 
     check(model, dtype)
     target = _check_path(path, ".onnx")
+    if quantized := first_quantized(model):
+        raise ExportError(
+            f"{quantized} is quantized, and ONNX has no operator for it; export the model before it is quantized, with "
+            "dtype=torch.float16 for half the bytes"
+        )
     examples = examples_of(args, kwargs, example_inputs)
     original = cast(model, dtype)
     _check_dtypes(original)
@@ -194,13 +200,19 @@ def export_package(
 
     Raises:
         InputError: ``path``, ``dtype`` or the inputs are none of these.
-        ExportError: the graph does not compile, or the file cannot be written; one that was there before still is.
+        ExportError: the model has layers of a quantizer (its weights may be quantized), the graph does not compile, or
+            the file cannot be written; one that was there before still is.
         BigainError: what :func:`bigain_fx.optimize` raises.
     """
     from bigain_fx.export.package import write_package
 
     check(model, dtype)
     target = _check_path(path, ".pt2")
+    if layer := first_layer(model):
+        raise ExportError(
+            f"{layer} is quantized, and runs in Python, which a package does without; use optimize(), or export the "
+            "model before it is quantized"
+        )
     original = cast(model, dtype)
     examples = examples_of(args, kwargs, example_inputs)
     traced = [trace(original, *example, normalize(method), grid, dtype, {}) for example in examples]

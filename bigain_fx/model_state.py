@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigain_fx.quantized import is_layer
+
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, enum.Enum)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -104,8 +106,10 @@ class ModelState:
         self._buffer_at = {id(tensor): path for path, tensor in reversed(self.buffers.items())}
         self._entered: set[int] = set()
         for path, module in model.named_modules():
-            self.modules.append(module)
             self._note(path or type(module).__name__, module)
+            if path and is_layer(module):  # which graphs call as it is
+                continue
+            self.modules.append(module)
             attributes = vars(module)
             self._hold(path, attributes, _SKIPPED)
             for name in _REGISTRIES:

@@ -103,12 +103,15 @@ def _call_as_region(module: GraphModule, nodes: Sequence[Node], regions: dict[st
     """Put one call in the place of ``nodes``.
 
     They stay where something between them changes memory, or needs some of them and feeds others; and where inputs or
-    outputs may share memory, or weights are tensor subclasses (quantized): torch has no such regions.
+    outputs may share memory, or weights are tensor subclasses or layers called as they are (quantized): torch has no
+    such regions.
     """
     graph = module.graph
     nodes = _with_offsets_outside(graph, sorted(nodes))  # an earlier call may have moved some
     inside, later = set(nodes), dict[Node, None]()
     node, last = nodes[0], nodes[-1]
+    if any(each.op == "call_module" for each in nodes):
+        return
     while node is not last:
         if written(node):
             return
@@ -156,14 +159,16 @@ def described(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[N
     return str((kinds, calls, [index[node] for node in outputs]))
 
 
-def as_function(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> GraphModule:
-    """``nodes`` as a module: ``outputs``, as a tuple, of ``inputs``."""
+def as_function(
+    nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node], root: nn.Module | None = None
+) -> GraphModule:
+    """``nodes`` as a module: ``outputs``, as a tuple, of ``inputs``; ``root`` has the layers that they call."""
     graph = Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
-    return GraphModule(nn.Module(), graph)
+    return GraphModule(root or nn.Module(), graph)
 
 
 def _region(nodes: Sequence[Node], inputs: Sequence[Node], outputs: Sequence[Node]) -> Callable[..., Any]:

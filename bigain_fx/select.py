@@ -31,6 +31,7 @@ from bigain_fx.passes.errors import first_line
 from bigain_fx.passes.grid import Grid
 from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.pipeline import Rewritten, rewrite
+from bigain_fx.quantized import call_quantized, kinds_of
 from bigain_fx.regions import as_function, boundary, described, own_cache
 from bigain_fx.stopwatch import interleaved, synchronizer
 
@@ -86,10 +87,12 @@ def rewrite_where_faster(
     if not places:
         return everything
     dense = rewrite(module, (), grid).module
+    call_quantized(dense)
     costs: dict[int, Cost] = {}
     kept: dict[int, str] = {}
     for members in _alike(everything, places):
         alone = rewrite(module, methods, grid, dict.fromkeys(set(places) - {members[0]}, "")).module
+        call_quantized(alone)
         try:
             costs |= dict.fromkeys(members, _cost(dense, alone, compile, setup))
         except Exception as error:  # whatever a backend raises: what cannot be measured stays dense
@@ -143,7 +146,7 @@ def _cost(dense: GraphModule, alone: GraphModule, compile: Compile, setup: str) 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     with own_cache():  # whose tag tells operators and kernels
         tag = torch.compiler.config.cache_key_tag
-    about = (setup, torch.__version__, tag, name, os.cpu_count(), torch.get_num_threads())
+    about = (setup, kinds_of(dense), torch.__version__, tag, name, os.cpu_count(), torch.get_num_threads())
     text = str((about, *(described(part, *boundary(part)) for part in (before, after))))
     file = Path(cache_dir()) / "bigain_fx" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     if known := _read(file):
@@ -177,7 +180,7 @@ def _ready(
             values[node.name] = operator.attrgetter(str(node.target))(module)
         elif node.name not in values:
             values[node.name] = pytree.tree_map_only(Tensor, _random, node.meta["val"])
-    run, arguments = compile(as_function(nodes, inputs, outputs)), [values[node.name] for node in inputs]
+    run, arguments = compile(as_function(nodes, inputs, outputs, module)), [values[node.name] for node in inputs]
     return lambda: run(*arguments)
 
 

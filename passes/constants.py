@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from bigain_fx.passes.arguments import memory_of, mutates
+from bigain_fx.passes.memory import roots, written
 from bigain_fx.passes.surgery import Surgeon
 
 
@@ -50,27 +50,17 @@ def folded(module: GraphModule, wanted: Callable[[Node], bool]) -> GraphModule:
 
 def constants(graph: Graph) -> set[Node]:
     """What depends on no input and on no chance, and is never written to."""
-    written = writes(graph)
+    changed = {root for node in graph.nodes for memory in written(node) for root in roots(memory)}
     found: set[Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr":
             fixed = isinstance(node.meta.get("val"), Tensor)
         elif isinstance(node.target, OpOverload):
-            fixed = not mutates(node) and torch.Tag.nondeterministic_seeded not in node.target.tags
+            fixed = not written(node) and torch.Tag.nondeterministic_seeded not in node.target.tags
         else:
             fixed = node.target is operator.getitem
-        if fixed and found.issuperset(node.all_input_nodes) and memory_of(node) not in written:
+        if fixed and found.issuperset(node.all_input_nodes) and not changed & roots(node):
             found.add(node)
-    return found
-
-
-def writes(graph: Graph) -> dict[Node, list[Node]]:
-    """What writes into memory, by what made that memory, in the graph's order."""
-    found: dict[Node, list[Node]] = {}
-    for node in filter(mutates, graph.nodes):
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.is_write and isinstance(value, Node):
-                found.setdefault(memory_of(value), []).append(node)
     return found
 
 

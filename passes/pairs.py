@@ -25,10 +25,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from bigain_fx.passes.arguments import CASTS, CONCATENATIONS, SPLITS, VIEWS, memory_of
+from bigain_fx.passes.arguments import CASTS, CONCATENATIONS, SPLITS, VIEWS
 from bigain_fx.passes.axes import aten
-from bigain_fx.passes.constants import folded, writes
+from bigain_fx.passes.constants import folded
 from bigain_fx.passes.errors import ExportError
+from bigain_fx.passes.memory import written_by
 from bigain_fx.passes.sites import module_name
 from bigain_fx.passes.surgery import Surgeon
 
@@ -79,7 +80,6 @@ class _Rewriter:
         self._surgeon = surgeon
         surgeon.clean()
         self._complex = {node for node in surgeon.graph.nodes if _is_complex(node)}
-        self._writes = writes(surgeon.graph)
         self._parts: dict[Node, Parts] = {}
 
     def run(self) -> None:
@@ -87,7 +87,7 @@ class _Rewriter:
         for node in list(self._surgeon.graph.nodes):
             if node not in self._complex and not self._complex.intersection(node.all_input_nodes):
                 continue
-            if any(write > node for write in self._writes.get(memory_of(node), ())):  # parts may be copies
+            if written_by(node):  # parts may be copies
                 raise _refusal(node, " in memory that is written to")
             with self._surgeon.after(node):
                 if node in self._complex:

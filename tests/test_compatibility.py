@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import DiTTransformer2DModel, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 import bigain_fx as bgx
 from tests.pipes import BY_NAME, Pipe, built, optimized, run
+from tests.quantizers import QUANTIZERS
 from tests.test_more_pipelines import Graphs, check_closer, check_images, check_rewritten
 from tests.test_more_pipelines import graphs as graphs
 
@@ -159,6 +161,107 @@ def test_torchao(config: str, name: str, graphs: Graphs) -> None:
 @pytest.mark.parametrize("config", QUANTIZATIONS)
 def test_torchao_under_inductor(config: str) -> None:
     case, change = BY_NAME["dit"], quantized(config)
+    expected = run(case, optimized(case, changed(case, change), METHOD))
+    pipe = optimized(case, changed(case, change), METHOD, backend="inductor")
+    found = run(case, pipe)
+    check_rewritten(case, pipe)
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)
+    check_closer(found, expected, run(case, changed(case, change)))
+
+
+@pytest.mark.parametrize("config", QUANTIZATIONS)
+def test_torchao_is_no_onnx(config: str, tmp_path: Path) -> None:
+    model = changed(BY_NAME["dit"], quantized(config)).transformer
+    with pytest.raises(bgx.ExportError, match=r"linear_1\.weight \(\w+ of torchao\) is quantized") as caught:
+        bgx.export_onnx(model, (), tmp_path / "dit.onnx", kwargs=CALL, method=METHOD)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchao_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = changed(BY_NAME["dit"], quantized(QUANTIZATIONS[0])).transformer
+    fast = bgx.optimize(model, kwargs=CALL, method=METHOD, select="auto", backend="eager")
+    assert all(site.ms is not None for site in fast.report.sites)
+
+
+@pytest.mark.slow
+def test_torchao_in_a_package(tmp_path: Path) -> None:
+    model = changed(BY_NAME["dit"], quantized(QUANTIZATIONS[0])).transformer
+    expected = bgx.optimize(model, kwargs=CALL, method=METHOD, backend="eager")(**CALL).sample
+    bgx.export_package(model, (), tmp_path / "dit.pt2", kwargs=CALL, method=METHOD)
+    torch.testing.assert_close(bgx.load_package(tmp_path / "dit.pt2")(**CALL).sample, expected, atol=1e-3, rtol=1e-3)
+
+
+def wide_dit(quantizer: str | None, adapter: bool) -> DiTTransformer2DModel:
+    """Of 64 channels, which every quantizer takes."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=4, num_layers=1, sample_size=16,
+        num_embeds_ada_norm=1000,
+    ).eval().requires_grad_(False)  # fmt: skip
+    if quantizer:
+        QUANTIZERS[quantizer](model)
+    if adapter:
+        torch.manual_seed(1)
+        peft = pytest.importorskip("peft")
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False), model)
+    return model.eval()
+
+
+torch.manual_seed(2)
+CALL = {
+    "hidden_states": torch.randn(2, 4, 16, 16),
+    "timestep": torch.tensor([500, 300]),
+    "class_labels": torch.tensor([1, 2]),
+}
+
+
+@cache
+def wide_dits(quantizer: str | None, adapter: bool) -> tuple[Tensor, Tensor, Any]:
+    """What the dense model gives, what the compressed one does, and its report."""
+    model = wide_dit(quantizer, adapter)
+    fast = bgx.optimize(wide_dit(quantizer, adapter), method=METHOD, backend="eager")
+    with torch.no_grad():
+        return model(**CALL).sample, fast(**CALL).sample, fast.report
+
+
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["alone", "LoRA"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_quantizers_of_layers(quantizer: str, adapter: bool, caplog: pytest.LogCaptureFixture) -> None:
+    dense, compressed, report = wide_dits(quantizer, adapter)
+    float_dense, float_compressed, float_report = wide_dits(None, adapter)
+    assert not torch.equal(dense, float_dense), "nothing was quantized"
+    assert report.sites == float_report.sites
+    assert len(report.rewritten) == 1
+    assert (compressed - float_compressed).norm() < 2 * (dense - float_dense).norm()
+    fast = bgx.optimize(wide_dit(quantizer, adapter), method=(), backend="eager")
+    for _ in range(3):
+        torch.testing.assert_close(fast(**CALL).sample, dense)
+    assert "captured anew" not in caplog.text
+
+
+def by_layers(name: str) -> Change:
+    def change(pipe: Any) -> None:
+        model: nn.Module = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+        QUANTIZERS[name](getattr(model, "original", model))
+
+    return change
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit", "sd", "flux"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_quantizers_of_layers_in_pipelines(quantizer: str, name: str, graphs: Graphs) -> None:
+    case, change = BY_NAME[name], by_layers(quantizer)
+    assert not torch.equal(run(case, changed(case, change)), run(case, built(case))), "nothing was quantized"
+    check(name, change, graphs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_quantizers_of_layers_under_inductor(quantizer: str) -> None:
+    case, change = BY_NAME["dit"], by_layers(quantizer)
     expected = run(case, optimized(case, changed(case, change), METHOD))
     pipe = optimized(case, changed(case, change), METHOD, backend="inductor")
     found = run(case, pipe)

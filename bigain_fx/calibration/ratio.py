@@ -24,7 +24,7 @@ from bigain_fx.denoiser import optimize
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.methods import MergeMethod
 from bigain_fx.passes.pipeline import Rewritten, rewrite
-from bigain_fx.quantized import call_as_functions
+from bigain_fx.quantized import call_quantized
 
 TRIED = (1 / 3, 2 / 3, 1.0)
 """Shares of the largest ratio at which each attention is merged alone."""
@@ -130,7 +130,7 @@ class _Trial:
     def deviation(self, method: MergeMethod) -> tuple[Tensor, Rewritten]:
         """The mean squared deviation ``(timesteps,)`` float64, and the graph."""
         rewritten = rewrite(self.captured.module, (method,), self.grid)
-        call_as_functions(rewritten.module)
+        call_quantized(rewritten.module)
         squared = dict.fromkeys(self.timesteps, 0.0)
         with torch.no_grad():
             for step, dense, inputs in zip(self.steps, self.dense, self.inputs, strict=True):

@@ -29,7 +29,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from bigain_fx.families import resolve
 from bigain_fx.passes.errors import CaptureError, InputError, MethodError, RewriteError, first_line
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.images import Hint
 from bigain_fx.passes.methods import Methods, normalize
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.regions import own_cache
@@ -53,7 +53,7 @@ class Options:
     """
 
     methods: Methods
-    grid: Grid | None = None
+    grid: Hint | None = None
     backend: str | Callable[..., Any] = "inductor"
     mode: str | None = None
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from bigain_fx.families import attention_backend
 from bigain_fx.passes.errors import CaptureError, InputError, first_line
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.images import Hint
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.quantized import plain_weights, put_back
 
@@ -108,7 +108,7 @@ def _modes(leaves: Iterable[object]) -> tuple[tuple[str, object], ...]:
     return (*casts, ("attention backend", attention_backend()))
 
 
-def described(arguments: Mapping[str, Any], grid: Grid | None) -> str:
+def described(arguments: Mapping[str, Any], grid: Hint | None) -> str:
     """The signature in a line, such as ``sample (2, 4, 64, 64) float32, timestep () int64``."""
     extra = (("grid", grid), *_modes(pytree.tree_leaves(dict(arguments))))
     told = [*arguments.items(), *((name, value) for name, value in extra if value not in (None, "native"))]

@@ -26,7 +26,7 @@ from bigain_fx.capture import (
     signature_of,
 )
 from bigain_fx.passes.errors import GridError, InputError
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.images import Hint
 from bigain_fx.passes.methods import Method, Methods, normalize
 from bigain_fx.quantized import call_as_functions
 from bigain_fx.regions import as_regions, own_cache
@@ -169,7 +169,7 @@ class OptimizedDenoiser(StandIn):
                         self._known.pop(oldest))  # fmt: skip
         return self._latest
 
-    def _capture(self, arguments: Mapping[str, Any], grid: Grid | None) -> Prepared:
+    def _capture(self, arguments: Mapping[str, Any], grid: Hint | None) -> Prepared:
         if self.original.training:
             raise InputError(f"{self._name} is in train mode; call model.eval() first")
         _check_hooks(self.original)
@@ -232,8 +232,9 @@ def optimize(
         select: ``"auto"`` measures each kind of attention on this device, and leaves dense what is no faster rewritten;
             the report has the times, which are kept beside inductor's cache.
         backend: anything ``torch.compile`` takes; ``"eager"`` runs the rewritten graph as it is.
-        grid: ``(rows, columns)`` in image tokens at the finest resolution, for graphs that cannot tell, or a function
-            that gives it for the keyword arguments of a call. The inputs ``img_ids`` and ``img_shapes`` tell it.
+        grid: ``(rows, columns)`` in image tokens at the finest resolution, for graphs that cannot tell, or a list of
+            these where several images come one behind another (references), or a function that gives either for the
+            keyword arguments of a call. The inputs ``img_ids`` and ``img_shapes`` tell it.
         mode, options: as for ``torch.compile``.
         on_new_signature: ``"compile"``, or ``"raise"`` where a call may only use graphs of ``prepare``.
         max_graphs: as many are kept, and the one used least recently is dropped for another, with a warning: a service

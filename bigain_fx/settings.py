@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from bigain_fx import families
 from bigain_fx.passes.errors import InputError
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.images import Hint
 from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.pipeline import Rewritten, rewrite
 from bigain_fx.select import rewrite_where_faster
@@ -37,7 +37,7 @@ class Settings:
         if isinstance(self.max_graphs, bool) or not isinstance(self.max_graphs, int) or self.max_graphs < 1:
             raise InputError(f"max_graphs={self.max_graphs!r} must be a positive integer")
 
-    def rewrite(self, module: GraphModule, methods: Methods, grid: Grid | None) -> Rewritten:
+    def rewrite(self, module: GraphModule, methods: Methods, grid: Hint | None) -> Rewritten:
         """The graph with every attention rewritten that can be, or those that gain by it."""
         if self.select == "all":
             return rewrite(module, methods, grid)

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from bigain_fx.passes.arguments import mask_of
 from bigain_fx.passes.axes import aten, shape_of
 from bigain_fx.passes.errors import RewriteError
-from bigain_fx.passes.fewer import Fewer, image_rows
+from bigain_fx.passes.fewer import Fewer, image_rows, one_behind_another, rows_of_each
 from bigain_fx.passes.fused import separated
+from bigain_fx.passes.images import Grids, text_of
 from bigain_fx.passes.methods import KVMethod, LinearAlpha
 from bigain_fx.passes.ops import nearest_tokens
 from bigain_fx.passes.sites import AttentionSite
@@ -34,14 +37,15 @@ TIMESTEP_INPUTS = ("timestep", "timesteps", "t")
 
 def refuse(site: AttentionSite, method: KVMethod) -> str | None:
     """Why ``method`` does nothing at ``site``, or None."""
-    if any(side % method.factor for side in site.grid):
-        return f"factor {method.factor} does not divide the grid {site.grid}"
+    for grid in site.grids:
+        if any(side % method.factor for side in grid):
+            return f"factor {method.factor} does not divide the grid {grid}"
     return None
 
 
 def tokens_after(site: AttentionSite, method: KVMethod) -> int:
     """Keys and values of image tokens that are left."""
-    return site.tokens // method.factor**2
+    return sum(math.prod(grid) // method.factor**2 for grid in site.grids)
 
 
 def apply(surgeon: Surgeon, site: AttentionSite, method: KVMethod) -> AttentionSite:
@@ -56,11 +60,14 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: KVMethod) -> AttentionS
             timestep = _timestep(surgeon, site, alpha)
             alpha = surgeon.emit(bigain.linear_alpha.default, (timestep, site.batch, *alpha.ends), like=sdpa)
             overload = bigain.kv_downsample.Tensor
-        image = image_rows(surgeon, site.x, site.before, site.after)
-        tokens = surgeon.emit(overload, (image, alpha, list(site.grid), method.factor), like=sdpa)
-        known = {site.x: _beside(surgeon, site, tokens)}
-        rep = surgeon.constant(f"bigain_nearest_{site.grid[0]}x{site.grid[1]}_{method.factor}",
-                               nearest_tokens(site.grid, method.factor).unsqueeze(0), like=sdpa)  # fmt: skip
+        images = rows_of_each(surgeon, image_rows(surgeon, site.x, site.before, site.after), site.grids)
+        each = [
+            surgeon.emit(overload, (rows, alpha, list(grid), method.factor), like=sdpa)
+            for rows, grid in zip(images, site.grids, strict=True)
+        ]
+        known = {site.x: _beside(surgeon, site, one_behind_another(surgeon, each, 1))}
+        rep = surgeon.constant(f"bigain_nearest_{text_of(site.grids, '_')}_{method.factor}",
+                               _nearest(site.grids, method.factor), like=sdpa)  # fmt: skip
     fewer = Fewer(surgeon, site.layouts, left, rep)
     fewer.replay(sorted({*site.paths["k"], *site.paths["v"]}), known)
     mask = mask_of(sdpa)
@@ -71,6 +78,13 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: KVMethod) -> AttentionS
     sdpa.kwargs = {name: value for name, value in sdpa.kwargs.items() if name != "attn_mask"}
     layouts = {node: layout for node, layout in site.layouts.items() if node not in (key, value)}
     return replace(site, paths={**site.paths, "k": (), "v": ()}, layouts=layouts)
+
+
+def _nearest(grids: Grids, factor: int) -> Tensor:
+    """The nearest token of each block of every image, ``(1, left)`` int64."""
+    starts = [0, *accumulate(map(math.prod, grids))]
+    each = [nearest_tokens(grid, factor) + start for grid, start in zip(grids, starts, strict=False)]
+    return torch.cat(each).unsqueeze(0)
 
 
 def _beside(surgeon: Surgeon, site: AttentionSite, image: Node) -> Node:

@@ -20,7 +20,7 @@ from bigain_fx.denoiser import optimize
 from bigain_fx.evidence.plans import Call, observe
 from bigain_fx.families import GridHint
 from bigain_fx.passes.errors import InputError
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.images import Grid
 from bigain_fx.passes.methods import Method, normalize
 
 bigain = torch.ops.bigain

@@ -204,7 +204,7 @@ def _read_shapes(shapes: Sequence[Any]) -> Reading:
 
 
 def _images(sample: Any) -> Sequence[Any]:
-    return (sample,) if isinstance(sample[0], int) else sample  # type: ignore[no-any-return]
+    return (sample,) if isinstance(sample[0], int) else sample
 
 
 def grid_for(hint: GridHint, arguments: Mapping[str, Any], read: Reading) -> Reading:

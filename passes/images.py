@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from bigain_fx.passes.errors import GridError
 
@@ -19,7 +20,7 @@ def as_grids(hint: object) -> Grids:
     Raises:
         GridError: it is neither, or a side is no positive integer.
     """
-    pairs = [hint] if _is_pair(hint) else list(hint) if isinstance(hint, tuple | list) else []
+    pairs: list[Any] = [hint] if _is_pair(hint) else [*hint] if isinstance(hint, tuple | list) else []
     if not pairs or not all(_is_pair(pair) and min(pair) > 0 for pair in pairs):
         raise GridError(
             f"grid={hint!r} must be two positive integers (rows, columns), in image tokens, or a list of such pairs, "

@@ -90,7 +90,9 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
         known = {source: merged}
         fewer.replay(region.nodes, known)
         if method.proportional and site.sdpa in known and site.paths["k"]:
-            _weigh(surgeon, known[site.sdpa], groups, before + left + after)
+            text_before, _, text_after = parts(region.layouts[site.sdpa.args[1]][-2])  # type: ignore[index]
+            keys = among_all(surgeon, assign, text_before, text_after, left)
+            _weigh(surgeon, known[site.sdpa], keys, text_before + left + text_after)
         for node in known.values():
             node.meta[BRANCH] = merged.name
         for node in region.loose:

@@ -38,7 +38,7 @@ class Operators:
 
     Attributes:
         site: where.
-        ratio, factor, alpha, blend: as for `run`.
+        ratio, factor, alpha, blend, proportional: as for `run`.
         metric: what the site's norm read, as tokens; None without a norm.
         x: the image tokens (B, N, C) that the site's projections read; None before they did.
         queries, keys: x with the rows that queries, and keys and values, are made of.
@@ -52,6 +52,7 @@ class Operators:
     factor: int | None
     alpha: float
     blend: bool
+    proportional: bool
     metric: Tensor | None = None
     x: Tensor | None = None
     queries: Tensor | None = None
@@ -87,6 +88,9 @@ class Operators:
         if mask is not None:
             mask = mask.expand(torch.broadcast_shapes(mask.shape, (q.shape[0], 1, 1, rows)))
             mask = mask.take_along_dim(kept[:, None, None], -1)
+        if self.proportional and self.plan is not None:
+            weight = torch.cat([torch.zeros(len(kept), len(text)), oracle.group_sizes(self.plan).log()], 1)
+            mask = weight[:, None, None] if mask is None else mask + weight[:, None, None]
         k, v = (t.take_along_dim(kept[:, None, :, None], -2) for t in (k, v))
         output = attention(q, k, v, mask, **options)
         if self.plan is not None:
@@ -181,6 +185,7 @@ def run(
     factor: int | None = None,
     alpha: float = 0.9,
     blend: bool = False,
+    proportional: bool = False,
 ) -> Any:
     """What ``model(**inputs)`` returns with the operators at ``sites``; the model is left as it was.
 
@@ -192,8 +197,9 @@ def run(
         factor: downsample keys and values by it an axis; None leaves them alone.
         alpha: of downsampling.
         blend: give tokens that merged away a mean of several groups.
+        proportional: let each key count for its whole group.
     """
-    everything = [Operators(site, ratio, factor, alpha, blend) for site in sites]
+    everything = [Operators(site, ratio, factor, alpha, blend, proportional) for site in sites]
     with ExitStack() as stack:
         for operators in everything:
             site = operators.site

@@ -26,6 +26,7 @@ from tests.zoo_checks import (
     BOTH,
     KV,
     MERGE,
+    PROPORTIONAL,
     TOLERANCE,
     Applied,
     check_report,
@@ -44,14 +45,27 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+APPLIED = {"merge": MERGE, "kv": KV, "both": BOTH, "blend": BLEND}
+
+
 @each(IMAGES)
-@pytest.mark.parametrize("applied", [MERGE, KV, BOTH, BLEND], ids=["merge", "kv", "both", "blend"])
-def test_rewritten_as_by_hand(case: Case, applied: Applied) -> None:
+@pytest.mark.parametrize("applied", APPLIED, ids=APPLIED)
+def test_rewritten_as_by_hand(case: Case, applied: str) -> None:
+    check_by_hand(case, APPLIED[applied])
+
+
+def check_by_hand(case: Case, applied: Applied) -> None:
     fast, loaded = optimize(case, applied.method), load(case)
     check_report(case, fast.report, applied.action)
     expected = tensors(by_hand.run(loaded.model, loaded.inputs, case.sites, **applied.by_hand))
     assert relative(expected, loaded.output) > 100 * TOLERANCE, "the case would not notice a dense model"
     assert relative(tensors(fast(**loaded.inputs)), expected) <= TOLERANCE
+
+
+@each(tuple(case for case in IMAGES if case.name.startswith("flux")))
+def test_proportional_as_by_hand(case: Case) -> None:
+    """The others have masks of their own."""
+    check_by_hand(case, PROPORTIONAL)
 
 
 # --------------------------------------------------------------------------------------- every method, on a toy

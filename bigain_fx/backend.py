@@ -27,7 +27,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from bigain_fx.families import resolve
+from bigain_fx.families import GridReader, grid_for, resolve
 from bigain_fx.passes.errors import CaptureError, InputError, MethodError, RewriteError, first_line
 from bigain_fx.passes.images import Hint
 from bigain_fx.passes.methods import Methods, normalize
@@ -47,7 +47,7 @@ class Options:
 
     Attributes:
         methods: what to apply; empty for the dense graph.
-        grid: ``(rows, columns)`` as for :func:`bigain_fx.optimize`; no function, for Dynamo compiles without values.
+        grid: as for :func:`bigain_fx.optimize`; no function, for Dynamo compiles without values.
         backend: what compiles the rewritten graph: a name that Dynamo knows, or a Dynamo backend.
         mode: of inductor, such as ``"max-autotune"``; None is its default.
     """
@@ -85,7 +85,7 @@ class Options:
         if callable(read.grid):
             raise InputError(
                 f"grid={read.grid!r} is a function of the inputs, whose values Dynamo does not have when it compiles; "
-                "give (rows, columns), or use bigain_fx.optimize"
+                "give (rows, columns), or a list of these, or use bigain_fx.optimize"
             )
         return read
 
@@ -112,17 +112,20 @@ class Frame:
     Attributes:
         model: its ``self``, where that is a module.
         code: the code that runs in it: ``forward``, a wrapper around it, or any function.
+        img_shapes: its argument of that name, of which Dynamo makes constants.
     """
 
     model: nn.Module | None
     code: CodeType
+    img_shapes: Any = None
 
     @classmethod
     def current(cls) -> Frame:
         """The frame that is being compiled now."""
         translator = InstructionTranslator.current_tx()
-        model = translator.f_locals.get("self")
-        return cls(model if isinstance(model, nn.Module) else None, translator.f_code)
+        local, code = translator.f_locals, translator.f_code
+        model, named = local.get("self"), local.get(inspect.getargs(code).varkw or "") or {}
+        return cls(model if isinstance(model, nn.Module) else None, code, (named | local).get("img_shapes"))
 
     @property
     def name(self) -> str:
@@ -185,6 +188,7 @@ def bigain(
             f"grid={chosen.grid!r}: img_ids tells the grid, and Dynamo does not look at its values: another size of as "
             "many tokens would get this graph; use bigain_fx.optimize"
         )
+    grid_for(chosen.grid, {}, GridReader()({"img_shapes": frame.img_shapes}))
     methods = resolve(chosen.methods, frame.model)
     captured = _lower(gm, inputs, names)
     try:

@@ -6,19 +6,23 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import bigain_fx as bgx
 from bigain_fx.capture import capture
+from bigain_fx.passes.grammar import parse
 from bigain_fx.passes.methods import normalize
 from bigain_fx.passes.pipeline import Rewritten, rewrite
 from tests import by_hand, oracle, toys
 from tests.oracle import Pair
-from tests.test_architectures import each
+from tests.test_architectures import COMPILED_TOLERANCE, each
+from tests.test_scope import Blocks
 from tests.toys import C
 from tests.zoo import Case
 from tests.zoo_checks import (
@@ -36,7 +40,7 @@ from tests.zoo_checks import (
     relative,
     tensors,
 )
-from tests.zoo_images import IMAGES
+from tests.zoo_images import IMAGES, KONTEXT, ids
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -240,3 +244,121 @@ def test_images_that_are_not_one_run_of_tokens_are_left_alone() -> None:
     (record,) = rewritten(Between(), torch.randn(2, TOTAL, C), bgx.LaplacianMerge(0.5))[0].records
     assert record.action == "kept"
     assert f"grid={GRIDS} does not place them" in record.reason
+
+
+class Turned(nn.Module):
+    """(B, N, C) to (B, C, N)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.transpose(1, 2)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_every_branch_of_a_block_runs_on_the_merged_tokens_of_all_images(gate: bool) -> None:
+    torch.manual_seed(0)
+    model, image, text = Blocks(gate=gate).eval(), torch.randn(2, TOTAL, C), torch.randn(2, 5, C)
+    model.embed = Turned()  # type: ignore[assignment]
+    module = capture(model, {"image": image, "text": text}).module
+    result = rewrite(module, normalize(bgx.LaplacianMerge(0.5, scope="block")), GRIDS)
+    assert [record.action for record in result.records] == ["merge", "kept", "merge", "kept"]
+    bounds = [0, *accumulate(map(math.prod, GRIDS))]
+
+    def plan(metric: Tensor) -> oracle.Plan:
+        each = [laplacian(metric[:, a:b], grid) for (a, b), grid in zip(pairwise(bounds), GRIDS, strict=True)]
+        return oracle.one_behind_another(each)
+
+    with torch.no_grad():
+        output, dense = result.module(image, text)[0], model(image, text)
+        model.planned = plan
+        expected = model(image, text)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    assert (expected - dense).norm() > 1e-2 * dense.norm()
+
+
+# --------------------------------------------------------------------------------------- around the passes
+
+
+@pytest.mark.parametrize("scope", ["attention", "block"])
+def test_a_ratio_for_each_attention(scope: str) -> None:
+    case = IMAGES[0]
+    report = optimize(case, bgx.LaplacianMerge((0.25, 0.5, 0.75), scope=scope)).report
+    assert [site.tokens_after for site in report.sites] == [24 - 6 + 48 - 12, 12 + 24, 6 + 12]
+    assert "tokens 72 -> 36, grid 4x6+6x8" in str(report)
+    assert report.to_dict()["sites"][0]["grid"] == ((4, 6), (6, 8))
+
+
+@torch.no_grad()
+def test_images_of_as_many_tokens_never_share_a_graph() -> None:
+    case = IMAGES[0]
+    model, inputs = case.build(), case.inputs()
+    fast = bgx.optimize(model, method=bgx.LaplacianMerge(0.5), backend="eager")
+    swapped = inputs | {"img_ids": ids(KONTEXT[::-1], (0, 1), 3)}
+    outputs = [fast(**each).sample for each in (inputs, swapped, inputs, swapped)]
+    assert len(fast._entries) == 2
+    assert fast.report.sites[0].grid == KONTEXT[::-1]
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[3])
+    given = bgx.optimize(model, method=bgx.LaplacianMerge(0.5), backend="eager", grid=[list(grid) for grid in KONTEXT])
+    assert torch.equal(given(**inputs).sample, outputs[0])
+
+
+@pytest.mark.parametrize("grid", [(12, 6), (6, 12), (4, 6), [(6, 8), (4, 6)]])
+@pytest.mark.parametrize("case", [IMAGES[0], IMAGES[2]], ids=["img_ids", "img_shapes"])
+def test_a_grid_that_fits_by_accident_is_refused(case: Case, grid: Any) -> None:
+    model, inputs = case.build(), case.inputs()
+    fast = bgx.optimize(model, method=bgx.KVDownsample(2), backend="eager", grid=grid)
+    with pytest.raises(bgx.GridError, match=r"contradicts the inputs, whose grid is \(\(4, 6\), \(6, 8\)\)"):
+        fast(**inputs)
+
+
+@torch.no_grad()
+def test_the_backend_takes_a_grid_for_each_image() -> None:
+    """Dynamo makes constants of img_shapes; it does not look at the values of img_ids."""
+    case = IMAGES[2]
+    model, inputs = case.build(), case.inputs()
+
+    def compiled(grid: Any) -> Any:
+        torch._dynamo.reset()
+        options = {"method": bgx.LaplacianMerge(0.5), "grid": grid, "backend": "eager"}
+        return torch.compile(model, backend="bigain", dynamic=False, options=options)
+
+    expected = bgx.optimize(model, method=bgx.LaplacianMerge(0.5), backend="eager")(**inputs).sample
+    torch.testing.assert_close(compiled(KONTEXT)(**inputs).sample, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(BackendCompilerFailed, match=r"grid=\(12, 6\) contradicts the inputs, whose grid is"):
+        compiled((12, 6))(**inputs)
+
+
+@torch.no_grad()
+def test_under_inductor() -> None:
+    torch.manual_seed(0)
+    toy, image = Images().eval(), torch.randn(2, TOTAL, C)
+    methods = (bgx.LaplacianMerge(0.5, unmerge="blend"), bgx.KVDownsample(2))
+    fast, eager = (bgx.optimize(toy, method=methods, grid=GRIDS, backend=name) for name in ("inductor", "eager"))
+    torch.testing.assert_close(fast(image), eager(image), rtol=1e-4, atol=1e-5)
+    assert fast.report.sites[0].action == "merge+kv"
+
+
+@pytest.mark.slow
+@each(IMAGES)
+def test_denoisers_under_inductor(case: Case) -> None:
+    torch.compiler.reset()
+    expected = tensors(optimize(case, BOTH.method)(**load(case).inputs))
+    fast = optimize(case, BOTH.method, backend="inductor")
+    assert relative(tensors(fast(**load(case).inputs)), expected) <= COMPILED_TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["bigain-tm:0.5+bigain-td:2", "bigain-tm:0.1:proportional=true:unmerge=blend"])
+def test_onnx_runtime_agrees_with_torch(method: str, tmp_path: Path) -> None:
+    """At a ratio of 0.1 the image of four tokens merges none."""
+    torch.manual_seed(0)
+    toy, inputs = Images().eval(), {"image": torch.randn(2, TOTAL, C)}
+    path = tmp_path / "images.onnx"
+    record = bgx.export_onnx(toy, (), path, kwargs=inputs, method=parse(method), grid=GRIDS)
+    assert record.deviations[0].relative_l2 <= 1e-4
+    assert record.graphs[0].report.sites[0].grid == GRIDS
+    assert record.operators["bigain::LaplacianMergePlan"] == len(GRIDS)
+    assert record.operators["bigain::Merge"] == 1
+    deployed = bgx.OrtDenoiser(path)
+    assert deployed.interface.grid == GRIDS
+    eager = bgx.optimize(toy, method=parse(method), backend="eager", grid=GRIDS)
+    torch.testing.assert_close(deployed(**inputs), eager(**inputs), rtol=1e-3, atol=1e-4)

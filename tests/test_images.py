@@ -49,11 +49,12 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+SLOW = pytest.mark.slow
 APPLIED = {"merge": MERGE, "kv": KV, "both": BOTH, "blend": BLEND}
 
 
 @each(IMAGES)
-@pytest.mark.parametrize("applied", APPLIED, ids=APPLIED)
+@pytest.mark.parametrize("applied", ["merge", "both", *(pytest.param(name, marks=SLOW) for name in ("kv", "blend"))])
 def test_rewritten_as_by_hand(case: Case, applied: str) -> None:
     check_by_hand(case, APPLIED[applied])
 
@@ -70,6 +71,17 @@ def check_by_hand(case: Case, applied: Applied) -> None:
 def test_proportional_as_by_hand(case: Case) -> None:
     """The others have masks of their own."""
     check_by_hand(case, PROPORTIONAL)
+
+
+@each(tuple(case for case in IMAGES if case.name in ("flux-kontext", "qwen-image-edit")))
+@pytest.mark.parametrize("options", [{}, {"unmerge": "blend"}], ids=["copy", "blend"])
+def test_block_scope(case: Case, options: dict[str, str]) -> None:
+    """The same attentions, and the layers around them run on the merged tokens too."""
+    fast, loaded = optimize(case, bgx.LaplacianMerge(0.5, scope="block", **options)), load(case)
+    check_report(case, fast.report, "merge")
+    attention = optimize(case, bgx.LaplacianMerge(0.5, **options))
+    assert fast.report.flops_after < attention.report.flops_after
+    assert relative(tensors(fast(**loaded.inputs)), loaded.output) > 100 * TOLERANCE
 
 
 # --------------------------------------------------------------------------------------- every method, on a toy

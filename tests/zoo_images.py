@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.zoo import Case, Site, fused_site, site
 from tests.zoo_dits import TEXT
 from tests.zoo_named import chroma, flux, flux2, qwen, text
 
 KONTEXT = ((4, 6), (6, 8))
+LAYERS = ((4, 6),) * 3
 REFERENCES = ((6, 4), (4, 4), (2, 6))
 
 
@@ -51,6 +52,21 @@ def qwen_inputs() -> dict[str, Any]:
     }
 
 
+def qwen_plus() -> nn.Module:
+    """References are modulated as at timestep 0: scale, shift and gate differ from token to token."""
+    return qwen(zero_cond_t=True)
+
+
+def qwen_layered() -> nn.Module:
+    return qwen(use_layer3d_rope=True, use_additional_t_cond=True)
+
+
+def layered_inputs() -> dict[str, Any]:
+    """Two layers and the image that they make up, all of one size."""
+    given = qwen_inputs() | inputs(LAYERS)
+    return given | {"img_shapes": [[(1, *grid) for grid in LAYERS]] * 2, "additional_t_cond": torch.tensor([0, 1])}
+
+
 def chroma_inputs() -> dict[str, Any]:
     """Ids that tell no grid, and a mask."""
     mask = torch.ones(2, TEXT + 72)
@@ -72,10 +88,13 @@ FLUX2 = (
     ),
 )
 QWEN = tuple(site(f"transformer_blocks.{index}.attn", KONTEXT, offset=TEXT) for index in range(2))
+QWEN_LAYERED = tuple(site(f"transformer_blocks.{index}.attn", LAYERS, offset=TEXT) for index in range(2))
 
 IMAGES: tuple[Case, ...] = (
     Case("flux-kontext", flux, kontext_inputs, sites=sites(KONTEXT)),
     Case("flux2-references", flux2, flux2_inputs, sites=FLUX2),
     Case("qwen-image-edit", qwen, qwen_inputs, sites=QWEN),
+    Case("qwen-image-edit-plus", qwen_plus, qwen_inputs, sites=QWEN),
+    Case("qwen-image-layered", qwen_layered, layered_inputs, sites=QWEN_LAYERED),
     Case("chroma-with-grids", chroma, chroma_inputs, grid=KONTEXT, sites=sites(KONTEXT)),
 )

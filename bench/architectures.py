@@ -144,6 +144,8 @@ WHY = """
   before and after, which neither the score nor the cells of [the operators](operators.md) know. It is refused. Where
   a model attends within frames and over time in turns, as Latte does, each frame is an image, and is merged as one.
   LTX-Video takes its frames as one line of tokens: `grid=` is for one image, and does not fit either.
+- *Several images* in one sequence of tokens, as the references of Flux Kontext, Flux.2 and Qwen-Image-Edit, are
+  rewritten, each on its own grid: [the operators](operators.md), "Several images".
 - *Linear attention* costs as much for each token as the linear layers around it, and has no keys to downsample.
 - *No graph*: Lumina 2 reads lengths from the values of its mask. A graph has fixed shapes.
 - Attention that is spelled out (sliced attention, processors of old), that runs in a kernel of its own (some attention
@@ -166,8 +168,8 @@ Of SDXL, the headline and one line of each kind:
 - Tokens are those of the image; after the arrow, those that the attention works on, or for `kv` alone its keys.
 - GFLOPs are of the module, projections and the plan included, for the batch that it was captured with.
 - The reason says why an attention, or a part of the method, was left out. `level 2 of the grids` is a matter of
-  `levels=`; `pass grid=` asks for `grid=(rows, columns)`; the others are those above. The node after `at` is where the
-  matcher stopped.
+  `levels=`; `pass grid=` asks for `grid=(rows, columns)`, or such a pair for each image; the others are those above.
+  The node after `at` is where the matcher stopped.
 
 ## What was counted
 

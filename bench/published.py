@@ -17,7 +17,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor, nn
 
 from bigain_fx.models import load
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.images import Grid
 
 
 @dataclass(frozen=True)

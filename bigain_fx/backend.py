@@ -28,10 +28,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from bigain_fx.compilers import check_compiler
-from bigain_fx.families import resolve
+from bigain_fx.families import GridReader, grid_for, resolve
 from bigain_fx.passes import checks
 from bigain_fx.passes.errors import CaptureError, InputError, MethodError, RewriteError, first_line
-from bigain_fx.passes.grid import Grid, check_form
+from bigain_fx.passes.images import Hint, as_grids
 from bigain_fx.passes.methods import Methods, normalize
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.regions import own_cache
@@ -50,13 +50,13 @@ class Options:
 
     Attributes:
         methods: what to apply; empty for the dense graph.
-        grid: ``(rows, columns)`` as for :func:`bigain_fx.optimize`; no function, for Dynamo compiles without values.
+        grid: as for :func:`bigain_fx.optimize`; no function, for Dynamo compiles without values.
         backend: what compiles the rewritten graph: a name that Dynamo knows, or a Dynamo backend.
         mode: of inductor, such as ``"max-autotune"``; None is its default.
     """
 
     methods: Methods
-    grid: Grid | None = None
+    grid: Hint | None = None
     backend: str | Callable[..., Any] = "inductor"
     mode: str | None = None
 
@@ -86,9 +86,10 @@ class Options:
         if callable(read.grid):
             raise InputError(
                 f"grid={read.grid!r} is a function of the inputs, whose values Dynamo does not have when it compiles; "
-                "give (rows, columns), or use bigain_fx.optimize"
+                "give (rows, columns), or a list of these, or use bigain_fx.optimize"
             )
-        check_form(read.grid)
+        if read.grid is not None:
+            as_grids(read.grid)
         return read
 
     def compile(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -110,17 +111,20 @@ class Frame:
     Attributes:
         model: its ``self``, where that is a module.
         code: the code that runs in it: ``forward``, a wrapper around it, or any function.
+        img_shapes: its argument of that name, of which Dynamo makes constants.
     """
 
     model: nn.Module | None
     code: CodeType
+    img_shapes: Any = None
 
     @classmethod
     def current(cls) -> Frame:
         """The frame that is being compiled now."""
         translator = InstructionTranslator.current_tx()
-        model = translator.f_locals.get("self")
-        return cls(model if isinstance(model, nn.Module) else None, translator.f_code)
+        local, code = translator.f_locals, translator.f_code
+        model, named = local.get("self"), local.get(inspect.getargs(code).varkw or "") or {}
+        return cls(model if isinstance(model, nn.Module) else None, code, (named | local).get("img_shapes"))
 
     @property
     def name(self) -> str:
@@ -187,6 +191,7 @@ def _compile(chosen: Options, frame: Frame, gm: GraphModule, example_inputs: Seq
             f"grid={chosen.grid!r}: img_ids tells the grid, and Dynamo does not look at its values: another size of as "
             "many tokens would get this graph; use bigain_fx.optimize"
         )
+    grid_for(chosen.grid, {}, GridReader()({"img_shapes": frame.img_shapes}))
     methods = resolve(chosen.methods, frame.model)
     captured = _lower(gm, inputs, names)
     try:

@@ -22,7 +22,7 @@ from bigain_fx.model_state import ModelState, clear_caches, constant_key
 from bigain_fx.passes import checks
 from bigain_fx.passes.axes import aten
 from bigain_fx.passes.errors import CaptureError, InputError, first_line
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.images import Hint
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.passes.memory import roots, written
 from bigain_fx.quantized import plain_layers, put_back, with_layer
@@ -148,7 +148,7 @@ def _modes(leaves: Iterable[object]) -> tuple[tuple[str, object], ...]:
     return (*casts, ("attention backend", attention_backend()))
 
 
-def described(arguments: Mapping[str, Any], grid: Grid | None) -> str:
+def described(arguments: Mapping[str, Any], grid: Hint | None) -> str:
     """The signature in a line, such as ``sample (2, 4, 64, 64) float32, timestep () int64``."""
     extra = (("grid", grid), *_modes(pytree.tree_leaves(dict(arguments))))
     told = [*arguments.items(), *((name, value) for name, value in extra if value not in (None, "native"))]

@@ -30,7 +30,7 @@ from bigain_fx.hooks import hook_in, traced_hooks
 from bigain_fx.model_state import some
 from bigain_fx.numbers import Numbers
 from bigain_fx.passes.errors import CaptureError, GridError, InputError
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.images import Hint
 from bigain_fx.passes.methods import Method, Methods, normalize
 from bigain_fx.quantized import call_quantized
 from bigain_fx.regions import as_regions
@@ -217,7 +217,7 @@ class OptimizedDenoiser(StandIn):
         self._drop_oldest()
         return slot, arguments
 
-    def _capture_numbers(self, arguments: Mapping[str, Any], grid: Grid | None) -> tuple[Prepared, Mapping[str, Any]]:
+    def _capture_numbers(self, arguments: Mapping[str, Any], grid: Hint | None) -> tuple[Prepared, Mapping[str, Any]]:
         """Capture with the floats that change from call to call as inputs, if the graph allows that."""
         given, held = self._numbers.moving(arguments, signature_of), self._states.moving()
         if given or held:
@@ -272,7 +272,7 @@ class OptimizedDenoiser(StandIn):
         self._graphs = {key: slot for key, slot in self._graphs.items() if key[0] in held}
         return found.number
 
-    def _capture(self, arguments: Mapping[str, Any], grid: Grid | None, more: Iterable[str] = ()) -> Prepared:
+    def _capture(self, arguments: Mapping[str, Any], grid: Hint | None, more: Iterable[str] = ()) -> Prepared:
         if self.original.training:
             raise InputError(f"{self._name} is in train mode; call model.eval() first")
         _check_hooks(self.original)
@@ -350,8 +350,9 @@ def optimize(
         select: ``"auto"`` measures each kind of attention on this device, and leaves dense what is no faster rewritten;
             the report has the times, which are kept beside inductor's cache.
         backend: anything ``torch.compile`` takes; ``"eager"`` runs the rewritten graph as it is.
-        grid: ``(rows, columns)`` in image tokens at the finest resolution, for graphs that cannot tell, or a function
-            that gives it for the keyword arguments of a call. The inputs ``img_ids`` and ``img_shapes`` tell it.
+        grid: ``(rows, columns)`` in image tokens at the finest resolution, for graphs that cannot tell, or a list of
+            these where several images come one behind another (references), or a function that gives either for the
+            keyword arguments of a call. The inputs ``img_ids`` and ``img_shapes`` tell it.
         mode, options: as for ``torch.compile``.
         on_new_signature: ``"compile"``, or ``"raise"`` where a call may only use graphs of ``prepare``.
         max_graphs: as many are kept, and the one used least recently is dropped for another, with a warning: a service

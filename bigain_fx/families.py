@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigain_fx.passes.checks import told
 from bigain_fx.passes.errors import GridError, MethodError, first_line
-from bigain_fx.passes.grid import Grid, check_form
+from bigain_fx.passes.images import Grid, Hint, as_grids, as_hint
 from bigain_fx.passes.methods import KVDownsample, LinearAlpha, Method, Methods
 
-GridHint = Grid | Callable[[Mapping[str, Any]], Grid | None] | None
+GridHint = Hint | Sequence[Grid] | Callable[[Mapping[str, Any]], Hint | Sequence[Grid] | None] | None
 Units = tuple[float, float]
 STEPS: Units = (999, 0)
 FRACTION: Units = (0.999, 0)
@@ -109,19 +110,26 @@ def timestep_units(model: object) -> Units | None:
 
 @dataclass(frozen=True)
 class Reading:
-    """The grid that the inputs tell, if they do; ``reason`` says why an input that should tell it does not."""
+    """What the inputs tell of the images in one sequence of tokens.
 
-    grid: Grid | None = None
+    Attributes:
+        grid: ``(rows, columns)`` of the image, or those of each; None where they do not tell.
+        reason: why an input that should tell it does not.
+        starts: where images or frames begin among the tokens, if that is all that they tell.
+    """
+
+    grid: Hint | None = None
     reason: str = ""
+    starts: tuple[int, ...] = ()
 
 
 class GridReader:
-    """Reads the ``(rows, columns)`` of the image tokens from the inputs of one call.
+    """Reads the ``(rows, columns)`` of the image tokens from the inputs of one call, one pair for each image.
 
     Two inputs tell it: ``img_ids``, ``(N, 3)`` or more columns, or ``(B, N, ...)``, the second and third columns being
-    row and column; and ``img_shapes``, ``(frames, rows, columns)`` of the images of each sample. To read ids is to wait
-    for their device: they are read once for each tensor, and again if it was written to. Tensors made in inference mode
-    do not tell whether they were, and are read every time.
+    row and column, and the others the same for all tokens of an image; and ``img_shapes``, ``(frames, rows, columns)``
+    of the images of each sample. To read ids is to wait for their device: they are read once for each tensor, and again
+    if it was written to. Tensors made in inference mode do not tell whether they were, and are read every time.
     """
 
     def __init__(self) -> None:
@@ -147,54 +155,85 @@ def _read_ids(ids: Tensor) -> Reading:
         return Reading(reason=f"img_ids is {where}, which tells no grid; pass grid=")
     rows_of = ids.detach().double().cpu().reshape(-1, *ids.shape[-2:])
     one = rows_of[0]
-    if not torch.equal(rows_of, one.expand_as(rows_of)):
-        return Reading(reason="img_ids differs from sample to sample; pass grid=")
     kept = [column for column in range(one.shape[1]) if column not in (1, 2)]
-    if not torch.equal(one[:, kept], one[:1, kept].expand(len(one), -1)):
-        return Reading(reason="img_ids names several images or frames; pass grid=, if one grid holds them all")
-    row, column = one[:, 1], one[:, 2]
+    other = (rows_of[:, 1:, kept] != rows_of[:, :-1, kept]).any(-1)
+    images = _starts(other)
+    told = _starts(other | (rows_of[:, 1:, 1] < rows_of[:, :-1, 1]))
+    if not torch.equal(rows_of, one.expand_as(rows_of)):
+        return Reading(None, "img_ids differs from sample to sample; pass grid=", told)
+    grids = [_grid_of(image) for image in one.tensor_split(images[1:])]
+    if all(grids):
+        return Reading(as_hint(tuple(grid for grid in grids if grid)))
+    of = "each image or frame" if len(grids) > 1 else "the image"
+    reason = f"img_ids does not run through {of} in rows of equal columns, one after another; pass grid="
+    return Reading(None, reason, told)
+
+
+def _starts(new: Tensor) -> tuple[int, ...]:
+    """The first token, and those that ``new (B, N - 1)`` marks in any sample."""
+    return (0, *(new.any(0).nonzero().flatten() + 1).tolist())
+
+
+def _grid_of(ids: Tensor) -> Grid | None:
+    """The grid of one image with these ``ids (N, columns)``, if they run through its rows."""
+    row, column = ids[:, 1], ids[:, 2]
     width = int((row == row[0]).long().cumprod(0).sum())
-    if len(one) % width == 0:
-        rows, columns = row.view(-1, width), column.view(-1, width)
-        product = (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
-        if product and (rows[:, 0].diff() > 0).all() and (columns[0].diff() > 0).all():
-            return Reading((len(one) // width, width))
-    return Reading(reason="img_ids does not run through rows of equal columns, one after another; pass grid=")
+    if len(ids) % width:
+        return None
+    rows, columns = row.view(-1, width), column.view(-1, width)
+    product = (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
+    ordered = (rows[:, 0].diff() > 0).all() and (columns[0].diff() > 0).all()
+    return (len(ids) // width, width) if product and ordered else None
 
 
 def _read_shapes(shapes: Sequence[Any]) -> Reading:
     """From ``[(frames, rows, columns), ...]``, one for each sample, or lists of them, one for each image."""
     try:
-        samples = [tuple(map(tuple, (sample,) if isinstance(sample[0], int) else sample)) for sample in shapes]
-        (frames, rows, columns), *others = samples[0]
+        samples = [
+            [(int(frames), int(rows), int(columns)) for frames, rows, columns in _images(sample)] for sample in shapes
+        ]
     except (TypeError, ValueError, IndexError):
         return Reading(reason=f"img_shapes={shapes!r} is not (frames, rows, columns) for each image; pass grid=")
-    if len(set(samples)) > 1:
-        return Reading(reason="img_shapes differs from sample to sample; pass grid=")
-    if others or frames != 1:
-        return Reading(reason="img_shapes names several images or frames; pass grid=, if one grid holds them all")
-    return Reading((int(rows), int(columns)))
+    pictures = [[grid for frames, *grid in sample for _ in range(frames)] for sample in samples]
+    told = {start for sample in pictures for start in [0, *accumulate(rows * columns for rows, columns in sample)][:-1]}
+    starts = tuple(sorted(told))
+    if any(sample != samples[0] for sample in samples):
+        return Reading(None, "img_shapes differs from sample to sample; pass grid=", starts)
+    if any(frames != 1 for frames, _, _ in samples[0]):
+        return Reading(None, "img_shapes names frames of a video; pass grid=, one for each, if they are images", starts)
+    return Reading(as_hint(tuple((rows, columns) for _, rows, columns in samples[0])))
+
+
+def _images(sample: Any) -> Sequence[Any]:
+    return (sample,) if isinstance(sample[0], int) else sample
 
 
 def grid_for(hint: GridHint, arguments: Mapping[str, Any], read: Reading) -> Reading:
-    """The grid that the caller gives, as ``(rows, columns)`` or a function of the arguments; else what was ``read``.
+    """The grids that the caller gives, or a function of the arguments; else what was ``read``.
 
     Raises:
-        GridError: what the caller gives is no pair, contradicts the inputs, is for a video, or raises an error.
+        GridError: what the caller gives is no pair nor a list of pairs, contradicts the inputs, is for a video, or
+            raises an error.
     """
     given = _ask(hint, arguments) if callable(hint) else hint
     if given is None:
         return read
-    check_form(given)
-    rows, columns = given
+    grids = as_grids(given)
     frames = arguments.get("num_frames")
     if isinstance(frames, int) and frames > 1:
         raise GridError(
             f"grid={given!r}: the tokens are those of num_frames={frames}; a grid is one image, not a video"
         )
-    if read.grid not in (None, (rows, columns)):
+    if read.grid not in (None, as_hint(grids)):
         raise GridError(f"grid={given!r} contradicts the inputs, whose grid is {read.grid}")
-    return Reading((rows, columns))
+    starts = (0, *accumulate(rows * columns for rows, columns in grids[:-1]))
+    if len(read.starts) > 1 and read.starts != starts:
+        shown = f"{list(read.starts[:4])}{' and so on' if len(read.starts) > 4 else ''}"
+        raise GridError(
+            f"grid={given!r} contradicts the inputs, whose images or frames begin at the tokens {shown}; give the grid "
+            "of each"
+        )
+    return Reading(as_hint(grids))
 
 
 def _ask(hint: Callable[[Mapping[str, Any]], Grid | None], arguments: Mapping[str, Any]) -> Grid | None:

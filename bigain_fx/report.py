@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bigain_fx.passes.images import as_grids, text_of
 from bigain_fx.passes.methods import Method, Methods
 from bigain_fx.passes.pipeline import Rewritten, SiteRecord
 
@@ -59,7 +60,7 @@ class Report:
     def rows(self) -> Iterable[tuple[str, ...]]:
         """One row of text per attention."""
         for site in self.sites:
-            grid = f"{site.grid[0]}x{site.grid[1]}" if site.grid else "-"
+            grid = text_of(as_grids(site.grid)) if site.grid else "-"
             tokens = str(site.tokens) if site.tokens == site.tokens_after else f"{site.tokens} -> {site.tokens_after}"
             gflops = f"{site.flops / 1e9:.2f}"
             if site.flops_after != site.flops:

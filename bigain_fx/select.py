@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from bigain_fx.passes import checks
 from bigain_fx.passes.errors import first_line
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.images import Hint
 from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.pipeline import Rewritten, rewrite
 from bigain_fx.quantized import call_quantized, kinds_of
@@ -68,7 +68,7 @@ class Cost:
 
 
 def rewrite_where_faster(
-    module: GraphModule, methods: Methods, grid: Grid | None, compile: Compile, setup: str
+    module: GraphModule, methods: Methods, grid: Hint | None, compile: Compile, setup: str
 ) -> Rewritten:
     """As :func:`bigain_fx.passes.pipeline.rewrite`, but attentions that are no faster rewritten are kept.
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from bigain_fx import families
 from bigain_fx.compilers import check_compiler
 from bigain_fx.passes import checks
-from bigain_fx.passes.grid import Grid, check_form
+from bigain_fx.passes.images import Hint, as_grids
 from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.pipeline import Rewritten, rewrite
 from bigain_fx.regions import own_cache
@@ -38,11 +38,11 @@ class Settings:
         checks.choice("select", self.select, ("all", "auto"))
         checks.choice("on_new_signature", self.on_new_signature, ("compile", "raise"))
         checks.integer("max_graphs", self.max_graphs, least=1, right="a positive integer")
-        if not callable(self.grid):
-            check_form(self.grid)
+        if self.grid is not None and not callable(self.grid):
+            as_grids(self.grid)
         check_compiler(self.backend, self.mode, self.options)
 
-    def rewrite(self, module: GraphModule, methods: Methods, grid: Grid | None) -> Rewritten:
+    def rewrite(self, module: GraphModule, methods: Methods, grid: Hint | None) -> Rewritten:
         """The graph with every attention rewritten that can be, or those that gain by it."""
         if self.select == "all":
             return rewrite(module, methods, grid)

@@ -22,6 +22,7 @@ from bigain_fx.families import GridHint
 from bigain_fx.passes.checks import told
 from bigain_fx.passes.errors import CaptureError, InputError
 from bigain_fx.passes.grammar import parse
+from bigain_fx.passes.images import as_grids, as_hint, tokens_on
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.passes.methods import Method, Methods
 from bigain_fx.report import Report
@@ -69,10 +70,10 @@ def trace(
     module = prepared.run
     assert isinstance(module, GraphModule)
     outputs = [node.meta["val"] for node in module.graph.output_node().args[0]]  # type: ignore[union-attr]
-    grids = [site.grid for site in prepared.report.sites if site.grid]
+    grids = [as_grids(site.grid) for site in prepared.report.sites if site.grid]
     interface = describe(
         model, binder.signature, arguments, prepared.out_spec, outputs, _text(methods),
-        max(grids, key=lambda sides: sides[0] * sides[1], default=None),
+        as_hint(max(grids, key=tokens_on)) if grids else None,
         {"bigain_fx": bigain_fx.__version__, "torch": torch.__version__, **versions},
     )  # fmt: skip
     inputs = [tensor.contiguous() for tensor in flat_tensors(arguments)]

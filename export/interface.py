@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from bigain_fx.export.ports import Path, Port, dotted, leaves, nested
 from bigain_fx.passes.errors import ExportError, InputError
+from bigain_fx.passes.images import Hint, as_grids, as_hint, text_of
 
 __all__ = ["Interface", "Port", "describe"]
 
@@ -36,7 +37,7 @@ class Interface:
         constants: what else the graph was captured with, by dotted path; it is built in.
         config: the model's config, JSON values only.
         method: what was applied, such as ``"bigain-tm:0.7+bigain-td:2:0.9"``, or ``"dense"``.
-        grid: rows and columns in image tokens at the finest resolution, where known.
+        grid: rows and columns in image tokens at the finest resolution, or those of each image, where known.
         versions: of bigain_fx, torch, the opset; a digest of the weights.
     """
 
@@ -48,7 +49,7 @@ class Interface:
     outputs: tuple[Port, ...]
     config: Mapping[str, Any]
     method: str
-    grid: tuple[int, int] | None
+    grid: Hint | None
     versions: Mapping[str, str]
 
     def to_metadata(self) -> dict[str, str]:
@@ -63,7 +64,7 @@ class Interface:
             "outputs": [asdict(port) for port in self.outputs],
             "versions": list(self.versions),
         }
-        grid = {"grid": "x".join(map(str, self.grid))} if self.grid else {}
+        grid = {"grid": text_of(as_grids(self.grid))} if self.grid else {}
         own = {"method": self.method, "config": json.dumps(dict(self.config)), "interface": json.dumps(interface)}
         return {**self.versions, **grid, **own}
 
@@ -102,7 +103,8 @@ class Interface:
         first = [path[0] for path in paths if path]
         if not all(isinstance(key, int) for key in first) and not all(map(_is_field, first)):
             raise ValueError(f"{paths} do not begin with names of fields")
-        sides = [int(side) for side in metadata["grid"].split("x")] if "grid" in metadata else None
+        images = metadata["grid"].split("+") if "grid" in metadata else []
+        grids = [tuple(int(side) for side in image.split("x")) for image in images]
         model, parameters, config = data["model"], data["parameters"], json.loads(metadata["config"])
         if not all(isinstance(name, str) for name in (model, *parameters)) or not isinstance(parameters, list):
             raise TypeError(f"{model!r} is no model's name, or {parameters!r} are no parameters")
@@ -119,7 +121,7 @@ class Interface:
             outputs=outputs,
             config=config,
             method=metadata["method"],
-            grid=(sides[0], sides[1]) if sides else None,
+            grid=as_hint(as_grids(grids)) if grids else None,
             versions={str(name): metadata[name] for name in data["versions"]},
         )
 
@@ -202,7 +204,7 @@ def describe(
     out_spec: pytree.TreeSpec,
     outputs: Sequence[Any],
     method: str,
-    grid: tuple[int, int] | None,
+    grid: Hint | None,
     versions: Mapping[str, str],
 ) -> Interface:
     """Describe the graph that was captured of ``model(**arguments)``.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from itertools import pairwise
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.fx.node import map_arg
 from bigain_fx.passes.arguments import SPLITS, cut_dim, slice_range
 from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, aten, length, names, parts, resize, shape_of
 from bigain_fx.passes.errors import RewriteError
+from bigain_fx.passes.images import Grids
 from bigain_fx.passes.rules import from_elsewhere, lined_up
 from bigain_fx.passes.surgery import Surgeon
 
@@ -132,6 +134,26 @@ def image_rows(surgeon: Surgeon, whole: Node, before: int, after: int) -> Node:
     if not before and not after:
         return whole
     return surgeon.emit(aten.slice.Tensor, (whole, 1, before, shape_of(whole)[1] - after), like=whole)
+
+
+def rows_of_each(surgeon: Surgeon, image: Node, grids: Grids) -> list[Node]:
+    """The rows of each image of ``image (B, tokens, C)``."""
+    ends = [0, *accumulate(map(math.prod, grids))]
+    if len(grids) == 1:
+        return [image]
+    return [surgeon.emit(aten.slice.Tensor, (image, 1, *bounds), like=image) for bounds in pairwise(ends)]
+
+
+def one_behind_another(surgeon: Surgeon, each: Sequence[Node], dim: int, sizes: Sequence[int] = ()) -> Node:
+    """What was worked out for each image, for all of them; an index into ``sizes`` members of one image is shifted."""
+    if len(each) == 1:
+        return each[0]
+    starts = [0, *accumulate(sizes)][: len(each)] if sizes else [0] * len(each)
+    shifted = [
+        surgeon.emit(aten.add.Tensor, (part, start), like=part) if start else part
+        for part, start in zip(each, starts, strict=True)
+    ]
+    return surgeon.emit(aten.cat.default, (shifted, dim), like=each[0])
 
 
 def among_all(surgeon: Surgeon, index: Node, before: int, after: int, members: int) -> Node:

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from bigain_fx.passes.arguments import mask_of
 from bigain_fx.passes.axes import aten, shape_of
 from bigain_fx.passes.errors import RewriteError
-from bigain_fx.passes.fewer import Fewer, image_rows
+from bigain_fx.passes.fewer import Fewer, image_rows, one_behind_another, rows_of_each
 from bigain_fx.passes.fused import separated
+from bigain_fx.passes.images import Grids, text_of
 from bigain_fx.passes.memory import written_by
 from bigain_fx.passes.methods import KVMethod, LinearAlpha
 from bigain_fx.passes.ops import downsampled_grid, nearest_tokens
@@ -45,7 +48,7 @@ def refuse(site: AttentionSite, method: KVMethod) -> str | None:
 
 def tokens_after(site: AttentionSite, method: KVMethod) -> int:
     """Keys and values of image tokens that are left."""
-    return math.prod(downsampled_grid(site.grid, method.factor))
+    return sum(math.prod(downsampled_grid(grid, method.factor)) for grid in site.grids)
 
 
 def apply(surgeon: Surgeon, site: AttentionSite, method: KVMethod) -> AttentionSite:
@@ -60,11 +63,14 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: KVMethod) -> AttentionS
             timestep = _timestep(surgeon, site, alpha)
             alpha = surgeon.emit(bigain.linear_alpha.default, (timestep, site.batch, *alpha.ends), like=sdpa)
             overload = bigain.kv_downsample.Tensor
-        image = image_rows(surgeon, site.x, site.before, site.after)
-        tokens = surgeon.emit(overload, (image, alpha, list(site.grid), method.factor), like=sdpa)
-        known = {site.x: _beside(surgeon, site, tokens)}
-        rep = surgeon.constant(f"bigain_nearest_{site.grid[0]}x{site.grid[1]}_{method.factor}",
-                               nearest_tokens(site.grid, method.factor).unsqueeze(0), like=sdpa)  # fmt: skip
+        images = rows_of_each(surgeon, image_rows(surgeon, site.x, site.before, site.after), site.grids)
+        each = [
+            surgeon.emit(overload, (rows, alpha, list(grid), method.factor), like=sdpa)
+            for rows, grid in zip(images, site.grids, strict=True)
+        ]
+        known = {site.x: _beside(surgeon, site, one_behind_another(surgeon, each, 1))}
+        rep = surgeon.constant(f"bigain_nearest_{text_of(site.grids, '_')}_{method.factor}",
+                               _nearest(site.grids, method.factor), like=sdpa)  # fmt: skip
     fewer = Fewer(surgeon, site.layouts, left, rep)
     fewer.replay(sorted({*site.paths["k"], *site.paths["v"]}), known)
     mask = mask_of(sdpa)
@@ -75,6 +81,13 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: KVMethod) -> AttentionS
     sdpa.kwargs = {name: value for name, value in sdpa.kwargs.items() if name != "attn_mask"}
     layouts = {node: layout for node, layout in site.layouts.items() if node not in (key, value)}
     return replace(site, paths={**site.paths, "k": (), "v": ()}, layouts=layouts)
+
+
+def _nearest(grids: Grids, factor: int) -> Tensor:
+    """The nearest token of each block of every image, ``(1, left)`` int64."""
+    starts = [0, *accumulate(map(math.prod, grids))]
+    each = [nearest_tokens(grid, factor) + start for grid, start in zip(grids, starts, strict=False)]
+    return torch.cat(each).unsqueeze(0)
 
 
 def _beside(surgeon: Surgeon, site: AttentionSite, image: Node) -> Node:

@@ -23,8 +23,9 @@ from torch.fx import Node
 
 from bigain_fx.passes.arguments import mask_of
 from bigain_fx.passes.axes import aten, parts, shape_of
-from bigain_fx.passes.fewer import Fewer, among_all, image_rows
+from bigain_fx.passes.fewer import Fewer, among_all, image_rows, one_behind_another, rows_of_each
 from bigain_fx.passes.fused import separated
+from bigain_fx.passes.images import Grid
 from bigain_fx.passes.methods import BlockPool, LaplacianMerge, MergeMethod, ToMe
 from bigain_fx.passes.metric import Metric
 from bigain_fx.passes.ops import complete_cells, random_positions, window_sides
@@ -36,19 +37,26 @@ bigain = torch.ops.bigain
 
 
 def tokens_after(site: AttentionSite, method: MergeMethod) -> int:
-    """Tokens that are left: ``N - min(int(N * ratio), sources)``; pooling takes whole cells. One ratio is given."""
+    """Tokens that are left of all images."""
+    return sum(_left(grid, method) for grid in site.grids)
+
+
+def _left(grid: Grid, method: MergeMethod) -> int:
+    """``N - min(int(N * ratio), sources)`` of one image; pooling takes whole cells. One ratio is given."""
     (ratio,) = method.ratios
-    cells, folded = math.prod(complete_cells(site.grid, method.cell)), int(site.tokens * ratio)
+    tokens, cells = math.prod(grid), math.prod(complete_cells(grid, method.cell))
+    folded = int(tokens * ratio)
     if isinstance(method, BlockPool):
         each = math.prod(method.cell) - 1
-        return site.tokens - min(folded // each, cells) * each
-    return site.tokens - min(folded, site.tokens - cells)
+        return tokens - min(folded // each, cells) * each
+    return tokens - min(folded, tokens - cells)
 
 
 def refuse(site: AttentionSite, method: MergeMethod) -> str | None:
     """Why ``method`` does nothing at ``site``, or None."""
-    if 0 in complete_cells(site.grid, method.cell):
-        return f"cell {method.cell} is larger than the grid {site.grid}"
+    for grid in site.grids:
+        if 0 in complete_cells(grid, method.cell):
+            return f"cell {method.cell} is larger than the grid {grid}"
     if tokens_after(site, method) == site.tokens:
         return f"ratio {method.ratios[0]:g} of {site.tokens} tokens merges none"
     if method.metric == "stream" and site.above is None:
@@ -68,7 +76,7 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
         regions = [(site.x, site.region)]
     left = tokens_after(site, method)
     with surgeon.after(site.x):
-        assign, rep, back = _plan(surgeon, site, method, left)
+        assign, rep, back = _plan(surgeon, site, method)
     for source, region in regions:
         before, _, after = parts(region.layouts[source][1])
         fewer = Fewer(surgeon, region.layouts, left, rep)
@@ -82,9 +90,9 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
         known = {source: merged}
         fewer.replay(region.nodes, known)
         if method.proportional and site.sdpa in known and site.paths["k"]:
-            first, _, last = parts(region.layouts[site.sdpa.args[1]][-2])  # type: ignore[index]
-            keys = among_all(surgeon, assign, first, last, left)
-            _weigh(surgeon, known[site.sdpa], keys, first + left + last)
+            text_before, _, text_after = parts(region.layouts[site.sdpa.args[1]][-2])  # type: ignore[index]
+            keys = among_all(surgeon, assign, text_before, text_after, left)
+            _weigh(surgeon, known[site.sdpa], keys, text_before + left + text_after)
         for node in known.values():
             node.meta[BRANCH] = merged.name
         for node in region.loose:
@@ -112,8 +120,11 @@ def _weigh(surgeon: Surgeon, sdpa: Node, groups: Node, count: int) -> None:
     sdpa.kwargs = {name: value for name, value in sdpa.kwargs.items() if name != "attn_mask"}
 
 
-def _plan(surgeon: Surgeon, site: AttentionSite, method: MergeMethod, left: int) -> tuple[Node, Node, tuple[Node, ...]]:
-    """``assign (B, N)``, ``rep (B, left)``, or ``(1, left)`` where samples share one plan, and what unmerging reads."""
+def _plan(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> tuple[Node, Node, tuple[Node, ...]]:
+    """``assign (B, N)``, ``rep (B, left)``, or ``(1, left)`` where samples share one plan, and what unmerging reads.
+
+    Each image has a plan of its own, and takes its groups back from its own; the maps stand one behind another.
+    """
     emit = surgeon.emit
     found = {"auto": site.direct, "stream": site.above, "input": None}[method.metric] or Metric(site.x)
     metric = found.source
@@ -124,28 +135,56 @@ def _plan(surgeon: Surgeon, site: AttentionSite, method: MergeMethod, left: int)
     if shared:
         swapped = emit(aten.transpose.int, (metric, 0, 1), like=site.sdpa)
         metric = emit(aten.reshape.default, (swapped, [1, site.tokens, -1]), like=site.sdpa)
-    position = None
-    if isinstance(method, LaplacianMerge) and method.cell_layout == "row":
-        position = emit(bigain.row_positions.default, (metric, list(site.grid), list(method.cell)), like=site.sdpa)
-    elif isinstance(method, ToMe):
-        offsets = random_positions(site.grid, method.cell, method.seed)
-        if method.destination == "top-left":
-            offsets = torch.zeros_like(offsets)
-        position = surgeon.constant(f"bigain_positions_{site.grid[0]}x{site.grid[1]}", offsets, like=site.sdpa)
-    where, folded = (metric, list(site.grid), list(method.cell)), site.tokens - left
-    if isinstance(method, BlockPool):
-        plan = emit(bigain.pool_plan.default, (*where, folded // (math.prod(method.cell) - 1)), like=site.sdpa)
-    else:
-        window = list(window_sides(site.grid, method.cell, method.window))
-        plan = emit(bigain.merge_plan.default, (*where, folded, position, window), like=site.sdpa)
-    assign, rep = surgeon.item(plan, 0), surgeon.item(plan, 1)
+    plans = [
+        _plan_image(surgeon, site, method, rows, grid)
+        for rows, grid in zip(rows_of_each(surgeon, metric, site.grids), site.grids, strict=True)
+    ]
+    sizes, groups = [math.prod(grid) for grid in site.grids], [_left(grid, method) for grid in site.grids]
+    assigns, reps, *nears = zip(*plans, strict=True)
+    assign = one_behind_another(surgeon, assigns, 1, groups)
+    rep = one_behind_another(surgeon, reps, 1, sizes)
     maps = [assign]
-    if method.unmerge == "blend":
-        nearest = emit(bigain.nearest_groups.default, (metric, assign, rep), like=site.sdpa)
-        maps += [surgeon.item(nearest, 0), surgeon.item(nearest, 1)]
+    if nears:
+        near, weight = (_as_many(surgeon, items) for items in nears)
+        maps += [one_behind_another(surgeon, near, 2, groups), one_behind_another(surgeon, weight, 2)]
     if shared:
         maps = [emit(aten.expand.default, (each, [site.batch, *shape_of(each)[1:]]), like=site.sdpa) for each in maps]
     return maps[0], rep, tuple(maps[1:] or maps)
+
+
+def _plan_image(
+    surgeon: Surgeon, site: AttentionSite, method: MergeMethod, metric: Node, grid: Grid
+) -> tuple[Node, ...]:
+    """``assign``, ``rep``, and what blending reads where it is asked for, of one image with this ``metric``."""
+    emit, position = surgeon.emit, None
+    if isinstance(method, LaplacianMerge) and method.cell_layout == "row":
+        position = emit(bigain.row_positions.default, (metric, list(grid), list(method.cell)), like=site.sdpa)
+    elif isinstance(method, ToMe):
+        offsets = random_positions(grid, method.cell, method.seed)
+        if method.destination == "top-left":
+            offsets = torch.zeros_like(offsets)
+        position = surgeon.constant(f"bigain_positions_{grid[0]}x{grid[1]}", offsets, like=site.sdpa)
+    where, folded = (metric, list(grid), list(method.cell)), math.prod(grid) - _left(grid, method)
+    if isinstance(method, BlockPool):
+        plan = emit(bigain.pool_plan.default, (*where, folded // (math.prod(method.cell) - 1)), like=site.sdpa)
+    else:
+        window = list(window_sides(grid, method.cell, method.window))
+        plan = emit(bigain.merge_plan.default, (*where, folded, position, window), like=site.sdpa)
+    assign, rep = surgeon.item(plan, 0), surgeon.item(plan, 1)
+    if method.unmerge != "blend":
+        return assign, rep
+    nearest = emit(bigain.nearest_groups.default, (metric, assign, rep), like=site.sdpa)
+    return assign, rep, surgeon.item(nearest, 0), surgeon.item(nearest, 1)
+
+
+def _as_many(surgeon: Surgeon, each: Sequence[Node]) -> list[Node]:
+    """``each (B, k, N)`` for as many groups: an image of fewer takes its first one once more, at weight 0."""
+    most = max(shape_of(item)[1] for item in each)
+    return [
+        item if (missing := most - shape_of(item)[1]) == 0
+        else surgeon.emit(aten.constant_pad_nd.default, (item, [0, 0, 0, missing]), like=item)
+        for item in each
+    ]  # fmt: skip
 
 
 def _all_rows(surgeon: Surgeon, back: tuple[Node, ...], before: int, after: int, left: int) -> tuple[Node, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,8 @@ from bigain_fx.passes.blocks import with_blocks
 from bigain_fx.passes.canonical import canonicalize
 from bigain_fx.passes.errors import RewriteError
 from bigain_fx.passes.flops import flops
-from bigain_fx.passes.grid import Grid, check_form, check_hint
+from bigain_fx.passes.grid import check_hint
+from bigain_fx.passes.images import Grids, Hint, as_grids, as_hint, tokens_on
 from bigain_fx.passes.methods import KV, MERGE, MergeMethod, Method, Methods
 from bigain_fx.passes.sites import AttentionSite, Unplaced, find_sites, module_name
 from bigain_fx.passes.spelled import spelled_out
@@ -41,8 +41,8 @@ class SiteRecord:
         reason: why it, or part of the method, was not applied; empty otherwise.
         tokens: its image tokens; the rows of its queries where it is kept and they are not known.
         tokens_after: tokens it works on now: the merged ones, or the keys and values where only those fell.
-        grid: ``(h, w)`` of its tokens, None where unknown.
-        level: which of the grids that is, the finest being 1; None where unknown.
+        grid: ``(h, w)`` of its tokens, those of each image where it has several, None where unknown.
+        level: which of the grids that is, the finest (of most tokens) being 1; None where unknown.
         flops, flops_after: of its projections and attention, the plan included.
         ms, ms_after: milliseconds before and now, its share of a plan included; None where nothing was timed.
     """
@@ -52,7 +52,7 @@ class SiteRecord:
     reason: str
     tokens: int
     tokens_after: int
-    grid: Grid | None
+    grid: Hint | None
     level: int | None
     flops: int
     flops_after: int
@@ -71,23 +71,24 @@ class Rewritten:
 
 
 def rewrite(
-    module: GraphModule, methods: Methods = (), grid: Grid | None = None, kept: Mapping[int, str] | None = None
+    module: GraphModule, methods: Methods = (), grid: Hint | None = None, kept: Mapping[int, str] | None = None
 ) -> Rewritten:
     """Apply ``methods`` to a copy of ``module``; weights are shared, ``module`` stays as it is.
 
     Args:
         module: a pre-dispatch ATen graph whose nodes carry ``meta["val"]``.
         methods: at most one of each kind, as :func:`bigain_fx.passes.methods.normalize` returns them.
-        grid: ``(rows, columns)`` of image tokens at the finest resolution, for graphs that cannot tell.
+        grid: ``(rows, columns)`` of image tokens at the finest resolution, for graphs that cannot tell; a list of these
+            where several images lie one behind another.
         kept: why an attention is to be left as it is, by its place among the records.
 
     Raises:
         GridError: a hint that contradicts the graph or fits no attention.
         RewriteError: an alpha schedule without a timestep input, or ratios that are more or fewer than attentions.
     """
-    check_form(grid)
+    grids = None if grid is None else as_grids(grid)
     with _uncollected():
-        return _rewrite(module, methods, None if grid is None else (int(grid[0]), int(grid[1])), kept or {})
+        return _rewrite(module, methods, grids, kept or {})
 
 
 @contextmanager
@@ -102,19 +103,19 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _rewrite(module: GraphModule, methods: Methods, grid: Grid | None, kept: Mapping[int, str]) -> Rewritten:
+def _rewrite(module: GraphModule, methods: Methods, hint: Grids | None, kept: Mapping[int, str]) -> Rewritten:
     result = GraphModule(module, copy.deepcopy(module.graph))
     surgeon = Surgeon(result)
     canonicalize(surgeon)
-    sites_of, around = find_sites(result.graph, grid)
+    sites_of, around = find_sites(result.graph, hint)
     sites = [site for site in sites_of.values() if isinstance(site, AttentionSite)]
     if any(isinstance(method, MergeMethod) and method.scope == "block" for method in methods):
         sites_of |= with_blocks(result.graph, sites, around)
     found = sorted((sites_of | spelled_out(result.graph, around.learned)).items(), key=itemgetter(0))
-    if grid is not None:
+    if hint is not None:
         unplaced = [site.tokens for site in sites_of.values() if isinstance(site, Unplaced)]
-        check_hint(result.graph, grid, {site.x: site.tokens for site in sites}, unplaced)
-    finest = sorted({site.grid for site in sites}, key=lambda sides: (-math.prod(sides), sides))
+        check_hint(result.graph, hint, {site.x: site.tokens for site in sites}, unplaced)
+    finest = sorted({site.grids for site in sites}, key=lambda grids: (-tokens_on(grids), grids))
     names = [module_name(node) for node, _ in found]
     rows = [site.tokens if isinstance(site, AttentionSite) else _rows(node) for node, site in found]
     each = {method.kind: _for_each(method, sites, finest) for method in methods}
@@ -128,16 +129,16 @@ def _rewrite(module: GraphModule, methods: Methods, grid: Grid | None, kept: Map
             outcomes.append(("kept", f"{site.reason} (at {site.node})", tokens))
         else:
             chosen = [each[method.kind].get(node, method) for method in methods]
-            outcomes.append(_rewrite_site(surgeon, site, finest.index(site.grid), chosen))
+            outcomes.append(_rewrite_site(surgeon, site, finest.index(site.grids), chosen))
     outcomes.reverse()
     surgeon.finish()
     after = _module_flops(result.graph)
     uses = Counter(names)
-    grids = [site.grid if isinstance(site, AttentionSite) else None for _, site in found]
+    places = [site.grids if isinstance(site, AttentionSite) else None for _, site in found]
     records = tuple(
-        SiteRecord(name, action, reason, tokens, left, sides, finest.index(sides) + 1 if sides else None,
-                   before[name] // uses[name], after[name] // uses[name])
-        for name, (action, reason, left), tokens, sides in zip(names, outcomes, rows, grids, strict=True)
+        SiteRecord(name, action, reason, tokens, left, as_hint(grids) if grids else None,
+                   finest.index(grids) + 1 if grids else None, before[name] // uses[name], after[name] // uses[name])
+        for name, (action, reason, left), tokens, grids in zip(names, outcomes, rows, places, strict=True)
     )  # fmt: skip
     return Rewritten(result, records, flops_before, flops(result.graph.nodes))
 
@@ -148,13 +149,13 @@ def _rows(attention: Node) -> int:
     return shape_of(queries)[-2] if attention.target is SDPA else max(shape_of(queries)[-2:], default=0)
 
 
-def _for_each(method: Method, sites: Sequence[AttentionSite], finest: Sequence[Grid]) -> dict[Node, Method]:
+def _for_each(method: Method, sites: Sequence[AttentionSite], finest: Sequence[Grids]) -> dict[Node, Method]:
     """``method`` as it is at the attentions of its levels.
 
     Raises:
         RewriteError: it has a ratio for each attention, and there are more or fewer.
     """
-    mine = sorted(site.sdpa for site in sites if not _out_of_level(method, finest.index(site.grid)))
+    mine = sorted(site.sdpa for site in sites if not _out_of_level(method, finest.index(site.grids)))
     if not isinstance(method, MergeMethod) or not isinstance(method.ratio, tuple):
         return dict.fromkeys(mine, method)
     if len(method.ratio) != len(mine):

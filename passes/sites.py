@@ -6,7 +6,6 @@ projected from, down to the last nodes before the branch meets all tokens again.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,15 @@ from bigain_fx.passes.axes import (
     segment,
     shape_of,
 )
-from bigain_fx.passes.grid import Grid, grid_from_hint, image_layouts, packed_input, placed, sample_inputs, why_unplaced
+from bigain_fx.passes.grid import (
+    grids_from_hint,
+    image_layouts,
+    packed_input,
+    placed,
+    sample_inputs,
+    why_unplaced,
+)
+from bigain_fx.passes.images import Grids, tokens_on
 from bigain_fx.passes.memory import aliases, descendants, written_by
 from bigain_fx.passes.metric import Metric, stream, without_casts
 from bigain_fx.passes.region import Region, check_company, features, grow, step
@@ -41,7 +48,7 @@ class AttentionSite:
         sdpa: the attention node.
         x: ``(B, rows, C)``, what q, k and v of the image tokens are projected from.
         before, after: rows of ``x`` that are no image tokens.
-        grid: ``(h, w)`` of the image tokens.
+        grids: ``(h, w)`` of each image, whose tokens lie one behind another.
         direct: the metric where it is the residual stream: ``x`` is a norm's direct output (``docs/operators.md``,
             "Metric").
         above: the input of the norm above ``x``, whatever modulates it in between; None if there is none.
@@ -58,7 +65,7 @@ class AttentionSite:
     x: Node
     before: int
     after: int
-    grid: Grid
+    grids: Grids
     direct: Metric | None
     above: Metric | None
     paths: Mapping[str, tuple[Node, ...]] = field(repr=False)
@@ -99,14 +106,14 @@ class Surroundings:
         images: layouts in rows and columns.
         learned: what depends on a layer of the model.
         sampled: what depends on the model's first input.
-        hint: the grid that was given.
+        hint: the grids that were given.
         read: what the rewrites of its attentions read: no region may run past it.
     """
 
     images: Mapping[Node, Layout]
     learned: Set[Node]
     sampled: Set[Node]
-    hint: Grid | None
+    hint: Grids | None
     read: Set[Node] = frozenset()
 
 
@@ -117,12 +124,12 @@ def module_name(node: Node) -> str:
     return str(paths[-1]) if paths else str(node.meta.get("origin", node.name))
 
 
-def find_sites(graph: Graph, hint: Grid | None = None) -> tuple[dict[Node, AttentionSite | Refusal], Surroundings]:
+def find_sites(graph: Graph, hint: Grids | None = None) -> tuple[dict[Node, AttentionSite | Refusal], Surroundings]:
     """Every SDPA node, in graph order: a site, or the reason why it is none.
 
     Args:
         graph: pre-dispatch ATen, ``meta["val"]`` on every node.
-        hint: ``(rows, columns)`` of image tokens at the finest resolution, for graphs that cannot tell.
+        hint: the grids of the images at the finest resolution, for graphs that cannot tell.
     """
     attentions = [node for node in graph.nodes if node.target is SDPA]
     around = Surroundings(image_layouts(graph, hint), features(graph), descendants(sample_inputs(graph), graph), hint)
@@ -151,7 +158,7 @@ class _Place:
     """What q, k and v of the image tokens are projected from; fields as in :class:`AttentionSite`."""
 
     x: Node
-    grid: Grid
+    grids: Grids
     before: int
     after: int
 
@@ -209,12 +216,12 @@ def _match(sdpa: Node, place: _Place, around: Surroundings) -> AttentionSite | R
         if changed := written_by(node, until):
             return Refusal(f"{node.name} is changed in place by {changed.name}", node.name)
     return AttentionSite(
-        module_name(sdpa), sdpa, x, before, after, place.grid, place.direct, place.above, paths, carriers, output, (),
+        module_name(sdpa), sdpa, x, before, after, place.grids, place.direct, place.above, paths, carriers, output, (),
         {**layouts, **output.layouts},
     )  # fmt: skip
 
 
-def _place(sdpa: Node, around: Surroundings, hint: Grid | None) -> _Place | Refusal:
+def _place(sdpa: Node, around: Surroundings, hint: Grids | None) -> _Place | Refusal:
     """Where the image tokens of ``sdpa`` come from; ``hint`` places tokens that the graph does not."""
     refusal = _check_attention(sdpa)
     if refusal:
@@ -228,14 +235,14 @@ def _place(sdpa: Node, around: Surroundings, hint: Grid | None) -> _Place | Refu
     if not shared:
         return Refusal("cross-attention: q, k and v are not projected from the same tensor", sdpa.name)
     shared = [_as_read(node, operands.values()) for node in shared]
-    places = [_Place(node, *place) for node in shared if (place := placed(node, around.images))]
+    places = [_Place(node, *place) for node in shared if (place := placed(node, around.images, around.hint))]
     if places:
         several = Refusal(f"q, k and v are projected from {len(places)} images at once", sdpa.name)
         return places[0] if len(places) == 1 else several
     joint = len(set.union(*sources.values())) > 1
     images = [x for x in shared if x in around.sampled and len(shape_of(x)) == 3 and shape_of(x)[1] > 1]
     if hint and joint:
-        images = [x for x in images if shape_of(x)[1] == math.prod(hint)] or images
+        images = [x for x in images if shape_of(x)[1] == tokens_on(hint)] or images
     x = (images or shared)[0]
     shape = shape_of(x)
     if len(shape) != 3 or shape[1] < 2:
@@ -243,11 +250,11 @@ def _place(sdpa: Node, around: Surroundings, hint: Grid | None) -> _Place | Refu
     if x not in around.sampled:
         return Refusal("its tokens are not made from the model's first input: no image", x.name)
     known = any(names(dim) for dim in around.images.get(x, ()))
-    grid = grid_from_hint(hint, shape[1]) if hint and not known and len(images) == 1 else None
-    if grid is None or (joint and grid != hint):
+    grids = grids_from_hint(hint, shape[1]) if hint and not known and len(images) == 1 else None
+    if grids is None or (joint and grids != hint):
         why = why_unplaced(x, around.images, around.hint)
         return Unplaced(("joint attention: " if joint else "") + why, x.name, shape[1])
-    return _Place(x, grid, 0, 0)
+    return _Place(x, grids, 0, 0)
 
 
 def _checked(metric: Metric | None, x: Node) -> Metric | None:

@@ -38,11 +38,12 @@ class Operators:
 
     Attributes:
         site: where.
-        ratio, factor, alpha, blend: as for `run`.
+        ratio, factor, alpha, blend, proportional: as for `run`.
         metric: what the site's norm read, as tokens; None without a norm.
         x: the image tokens (B, N, C) that the site's projections read; None before they did.
         queries, keys: x with the rows that queries, and keys and values, are made of.
-        plan: groups of tokens, None without merging.
+        plan: groups of tokens, None without merging; those of several images one behind another.
+        plans: the same for each image.
         runs: attentions that were changed so far.
     """
 
@@ -51,11 +52,13 @@ class Operators:
     factor: int | None
     alpha: float
     blend: bool
+    proportional: bool
     metric: Tensor | None = None
     x: Tensor | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
     plan: oracle.Plan | None = None
+    plans: Sequence[oracle.Plan] = ()
     runs: int = 0
 
     def see_norm(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -85,6 +88,9 @@ class Operators:
         if mask is not None:
             mask = mask.expand(torch.broadcast_shapes(mask.shape, (q.shape[0], 1, 1, rows)))
             mask = mask.take_along_dim(kept[:, None, None], -1)
+        if self.proportional and self.plan is not None:
+            weight = torch.cat([torch.zeros(len(kept), len(text)), oracle.group_sizes(self.plan).log()], 1)
+            mask = weight[:, None, None] if mask is None else mask + weight[:, None, None]
         k, v = (t.take_along_dim(kept[:, None, :, None], -2) for t in (k, v))
         output = attention(q, k, v, mask, **options)
         if self.plan is not None:
@@ -94,7 +100,12 @@ class Operators:
             if self.blend:
                 few = image.take_along_dim(self.plan.rep[:, None, :, None], -2).transpose(1, 2).flatten(2)
                 metric = self.x if self.metric is None else self.metric
-                spread = oracle.blend(few, metric, self.plan).unflatten(2, (image.shape[1], -1)).transpose(1, 2)
+                each, groups = [], 0
+                for plan, (_, first, end) in zip(self.plans, self.site.images, strict=True):
+                    count = plan.rep.shape[1]
+                    each.append(oracle.blend(few[:, groups : groups + count], metric[:, first:end], plan))
+                    groups += count
+                spread = torch.cat(each, 1).unflatten(2, (image.shape[1], -1)).transpose(1, 2)
             else:
                 spread = image.take_along_dim(group, -2)
             output = torch.cat([output[..., :start, :], spread, output[..., start + tokens :, :]], -2)
@@ -103,7 +114,7 @@ class Operators:
 
     def _image(self, rows: Tensor) -> Tensor:
         """The image tokens among ``rows`` (B, rows, C), a view."""
-        count = self.site.grid[0] * self.site.grid[1]
+        count = self.site.images[-1][-1]
         return rows[:, self.site.x_offset : self.site.x_offset + count]
 
     def _take(self, x: Tensor) -> None:
@@ -113,15 +124,22 @@ class Operators:
             return
         self.x, self.queries, self.plan = x.clone(), x.clone(), None
         if self.ratio is not None:
-            grid = self.site.grid
             assert self.metric is not None or self.site.norm is None, f"{self.site.norm} did not run"
             metric = x if self.metric is None else self.metric
-            self.plan = oracle.merge_plan(metric, grid, CELL, oracle.merged_count(grid, CELL, self.ratio))
+            self.plans = [
+                oracle.merge_plan(metric[:, first:end], grid, CELL, oracle.merged_count(grid, CELL, self.ratio))
+                for grid, first, end in self.site.images
+            ]
+            self.plan = oracle.one_behind_another(self.plans)
             merged = oracle.merge(x, self.plan)
             self.queries.scatter_(1, self.plan.rep[..., None].expand_as(merged), merged)
         self.keys = self.queries
         if self.factor is not None:
-            rows = oracle.kv_downsample(x, self.alpha, self.site.grid, self.factor)
+            each = [
+                oracle.kv_downsample(x[:, first:end], self.alpha, grid, self.factor)
+                for grid, first, end in self.site.images
+            ]
+            rows = torch.cat(each, 1)
             nearest = torch.tensor(self._kept())[..., None]
             self.keys = x.scatter(1, nearest.expand_as(rows), rows)
 
@@ -129,7 +147,12 @@ class Operators:
         """The image tokens that are keys, per sample."""
         assert self.x is not None
         if self.factor is not None:
-            return [oracle.nearest_tokens(self.site.grid, self.factor)] * len(self.x)
+            near = [
+                first + token
+                for grid, first, _ in self.site.images
+                for token in oracle.nearest_tokens(grid, self.factor)
+            ]
+            return [near] * len(self.x)
         if self.plan is not None:
             return [[int(token) for token in sample] for sample in self.plan.rep]
         return [list(range(self.x.shape[1]))] * len(self.x)
@@ -162,6 +185,7 @@ def run(
     factor: int | None = None,
     alpha: float = 0.9,
     blend: bool = False,
+    proportional: bool = False,
 ) -> Any:
     """What ``model(**inputs)`` returns with the operators at ``sites``; the model is left as it was.
 
@@ -173,8 +197,9 @@ def run(
         factor: downsample keys and values by it an axis; None leaves them alone.
         alpha: of downsampling.
         blend: give tokens that merged away a mean of several groups.
+        proportional: let each key count for its whole group.
     """
-    everything = [Operators(site, ratio, factor, alpha, blend) for site in sites]
+    everything = [Operators(site, ratio, factor, alpha, blend, proportional) for site in sites]
     with ExitStack() as stack:
         for operators in everything:
             site = operators.site

@@ -200,6 +200,19 @@ def pool_plan(metric: Tensor, grid: Pair, cell: Pair, pooled: int) -> Plan:
     return Plan(torch.tensor(assign), torch.tensor(rep))
 
 
+def one_behind_another(plans: Sequence[Plan]) -> Plan:
+    """The plan of a sequence of images, whose tokens and groups come one image behind another."""
+    assign: list[list[int]] = [[] for _ in plans[0].assign]
+    rep: list[list[int]] = [[] for _ in plans[0].rep]
+    tokens = groups = 0
+    for plan in plans:
+        for b in range(len(assign)):
+            assign[b] += [groups + int(group) for group in plan.assign[b]]
+            rep[b] += [tokens + int(token) for token in plan.rep[b]]
+        tokens, groups = tokens + plan.assign.shape[1], groups + plan.rep.shape[1]
+    return Plan(torch.tensor(assign), torch.tensor(rep))
+
+
 def mlerp(x: Tensor, plan: Plan) -> Tensor:
     """Every group's mean, stretched to the length of its longest member."""
     merged = merge(x.float(), plan)

@@ -18,6 +18,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -188,15 +189,20 @@ def sd3() -> Any:
     ))  # fmt: skip
 
 
-def flux() -> Any:
+def flux(kind: Any = FluxPipeline) -> Any:
     model = FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
-    return quiet(FluxPipeline(
+    return quiet(kind(
         transformer=ready(model), scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(), text_encoder_2=None,
         tokenizer_2=None, **NO_TEXT,
     ))  # fmt: skip
+
+
+def kontext() -> Any:
+    """Flux that edits an image, whose latents come behind the noisy ones."""
+    return flux(FluxKontextPipeline)
 
 
 def pixart() -> Any:
@@ -268,6 +274,12 @@ def flux_arguments(pipe: Any, size: Size, guidance: bool) -> dict[str, Any]:
     return prompts(pipe, guidance, pooled=True) | {"height": size[0], "width": size[1], **scales}
 
 
+def kontext_arguments(pipe: Any, size: Size, guidance: bool) -> dict[str, Any]:
+    """The image to edit is of another size than the result."""
+    given = flux_arguments(pipe, size, guidance) | {"image": picture((size[0] + 8, size[1] - 8)), "_auto_resize": False}
+    return given | {"max_area": size[0] * size[1]}
+
+
 def pixart_arguments(pipe: Any, size: Size, guidance: bool) -> dict[str, Any]:
     options = {"negative_prompt": None, "use_resolution_binning": False}
     return prompts(pipe, guidance, mask=True) | scaled(size, guidance) | options
@@ -302,6 +314,8 @@ PIPES = (
     Pipe("sdxl", sdxl, pooled_arguments, {"unet": SDXL_SITES}),
     Pipe("sd3", sd3, pooled_arguments, {"transformer": ("transformer_blocks.0.attn", "transformer_blocks.1.attn")}),
     Pipe("flux", flux, flux_arguments,
+         {"transformer": ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn")}, guidance_graphs=0),
+    Pipe("kontext", kontext, kontext_arguments,
          {"transformer": ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn")}, guidance_graphs=0),
     Pipe("pixart", pixart, pixart_arguments, DIT_SITES, options=IMAGES_ONLY),
     Pipe("dit", class_dit, class_arguments, DIT_SITES, options=frozenset(), sizes=False),

@@ -21,6 +21,7 @@ from tests.zoo_checks import (
     DENSE_TOLERANCE,
     KV,
     MERGE,
+    PROPORTIONAL,
     TOLERANCE,
     Applied,
     check_original,
@@ -75,6 +76,12 @@ def test_rewritten_as_by_hand(case: Case, applied: Applied) -> None:
 def test_blended_as_by_hand(case: Case) -> None:
     """By hand it is done right behind the attention; Z-Image norms in between, where a mean does not go through."""
     test_rewritten_as_by_hand(case, BLEND)
+
+
+@each(tuple(case for case in BLOCKS if case.name != "sd1"))
+def test_proportional_as_by_hand(case: Case) -> None:
+    """Where text is beside the image in the attention alone, as where it is in what that reads."""
+    test_rewritten_as_by_hand(case, PROPORTIONAL)
 
 
 @each(BLOCKS)

@@ -178,7 +178,11 @@ def shuffled(rows: int, columns: int) -> Tensor:
         ({"img_ids": ids((1, 5))}, (1, 5)),
         ({"img_ids": ids((5, 1))}, (5, 1)),
         ({"img_ids": ids((1, 1))}, (1, 1)),
-        ({"img_ids": ids((4, 6), (4, 6))}, "several images or frames"),
+        ({"img_ids": ids((4, 6), (4, 6))}, ((4, 6), (4, 6))),
+        ({"img_ids": ids((4, 6), (2, 3), (1, 5), extra=1).expand(2, -1, -1)}, ((4, 6), (2, 3), (1, 5))),
+        ({"img_ids": ids((4, 6), (2, 3)).flip(0)}, "rows of equal columns"),
+        ({"img_ids": torch.cat([ids((4, 6), (2, 3)), ids((2, 3))])}, ((4, 6), (2, 3), (2, 3))),
+        ({"img_ids": torch.cat([ids((4, 6)), shuffled(4, 6) + torch.tensor([1, 0, 0])])}, "each image or frame"),
         ({"img_ids": torch.cat([ids((4, 6)), ids((2, 6))])}, "rows of equal columns"),
         ({"img_ids": torch.zeros(24, 3)}, "rows of equal columns"),
         ({"img_ids": shuffled(4, 6)}, "rows of equal columns"),
@@ -191,8 +195,10 @@ def shuffled(rows: int, columns: int) -> Tensor:
         ({"img_ids": torch.zeros(0, 3)}, r"of shape \(0, 3\)"),
         ({"img_shapes": [[(1, 4, 6)]] * 2}, (4, 6)),
         ({"img_shapes": [(1, 4, 6)] * 2}, (4, 6)),
-        ({"img_shapes": [[(1, 4, 6), (1, 4, 6)]]}, "several images or frames"),
-        ({"img_shapes": [[(3, 4, 6)]]}, "several images or frames"),
+        ({"img_shapes": [[(1, 4, 6), (1, 4, 6)]]}, ((4, 6), (4, 6))),
+        ({"img_shapes": [[(1, 4, 6), (1, 2, 3)]] * 2}, ((4, 6), (2, 3))),
+        ({"img_shapes": [[(3, 4, 6)]]}, "frames of a video"),
+        ({"img_shapes": [[(1, 4, 6), (3, 4, 6)]]}, "frames of a video"),
         ({"img_shapes": [[(1, 4, 6)], [(1, 6, 4)]]}, "from sample to sample"),
         ({"img_shapes": (64, 64)}, "for each image; pass grid="),
         ({"img_shapes": [(4, 6)]}, "for each image; pass grid="),
@@ -287,7 +293,12 @@ def test_a_grid_may_be_a_function_of_the_arguments() -> None:
     [
         ((6, 4), r"grid=\(6, 4\) contradicts the inputs, whose grid is \(4, 6\)"),
         (lambda arguments: (6, 4), r"grid=\(6, 4\) contradicts the inputs"),
+        ([(6, 4)], r"grid=\[\(6, 4\)\] contradicts the inputs, whose grid is \(4, 6\)"),
+        ([(2, 6), (2, 6)], r"contradicts the inputs, whose grid is \(4, 6\)"),
         (lambda arguments: 24, r"grid=24 must be two positive integers"),
+        ([], r"grid=\[\] must be two positive integers \(rows, columns\), in image tokens, or a list of such pairs"),
+        ([(4, 6), (0, 2)], "two positive integers"),
+        ([(4, 6), 8], "two positive integers"),
         ((4.0, 6), r"grid=\(4\.0, 6\) must be two positive integers"),
     ],
 )
@@ -296,13 +307,58 @@ def test_a_wrong_grid_is_refused(grid: Any, message: str) -> None:
         packed(grid=grid)(TOKENS, ids((4, 6)))
 
 
+STACKED = torch.cat([ids((4, 6)), ids((4, 6))])
+"""Two images at the same positions."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "grid", "message"),
+    [
+        ({"img_ids": ids((4, 6), (4, 6))}, (8, 6), r"contradicts the inputs, whose grid is \(\(4, 6\), \(4, 6\)\)"),
+        ({"img_ids": ids((4, 6), (4, 6))}, (4, 6), "whose grid is"),
+        ({"img_ids": ids((4, 6), (2, 3))}, ((2, 3), (4, 6)), "whose grid is"),
+        ({"img_shapes": [[(1, 4, 6), (1, 4, 6)]]}, (8, 6), r"whose grid is \(\(4, 6\), \(4, 6\)\)"),
+        ({"img_ids": STACKED}, (8, 6), r"images or frames begin at the tokens \[0, 24\]; give the grid of each"),
+        ({"img_ids": STACKED}, [(2, 6), (6, 6)], r"begin at the tokens \[0, 24\]"),
+        ({"img_ids": torch.stack([STACKED, STACKED + 1])}, (8, 6), r"begin at the tokens \[0, 24\]"),
+        ({"img_ids": ids((4, 6))[:, [0, 2, 1]]}, (4, 6), r"begin at the tokens \[0, 6, 12, 18\]"),
+        ({"img_ids": ids(*[(2, 3)] * 6)[:-1]}, (5, 7), r"begin at the tokens \[0, 6, 12, 18\] and so on"),
+        ({"img_shapes": [[(2, 4, 6)]]}, (8, 6), r"images or frames begin at the tokens \[0, 24\]"),
+        ({"img_shapes": [[(1, 4, 6)] * 2, [(1, 6, 4)] * 2]}, (8, 6), r"begin at the tokens \[0, 24\]"),
+    ],
+)
+def test_a_grid_that_fits_by_accident_is_refused(arguments: dict[str, Any], grid: Any, message: str) -> None:
+    """It has as many tokens as the inputs, but these tell of images that begin elsewhere."""
+    with pytest.raises(bgx.GridError, match=message):
+        families.grid_for(grid, arguments, GridReader()(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "grid"),
+    [
+        ({"img_ids": ids((4, 6), (4, 6))}, [(4, 6), [4, 6]]),
+        ({"img_ids": STACKED}, [(4, 6), (4, 6)]),
+        ({"img_ids": STACKED}, ((4, 6), (3, 8))),
+        ({"img_ids": torch.zeros(48, 3)}, [(4, 6), (4, 6)]),
+        ({"img_ids": ids((4, 6), (4, 6)).to("meta")}, [(4, 6), (4, 6)]),
+        ({"img_shapes": [[(2, 4, 6)]]}, [(4, 6), (4, 6)]),
+        ({}, [(4, 6), (4, 6)]),
+    ],
+)
+def test_grids_of_several_images_are_given(arguments: dict[str, Any], grid: Any) -> None:
+    given = tuple(tuple(sides) for sides in grid)
+    assert families.grid_for(grid, arguments, GridReader()(arguments)) == Reading(given)
+
+
 def test_ids_that_tell_no_grid_are_said(caplog: pytest.LogCaptureFixture) -> None:
     fast = packed()
     with caplog.at_level(logging.WARNING, "bigain_fx"):
         for _ in range(2):
-            fast(TOKENS, ids((2, 6), (2, 6)))
+            fast(TOKENS, torch.cat([ids((2, 6)), ids((2, 6))]))
     warning, nothing = said(caplog)
-    assert warning == "Packed: img_ids names several images or frames; pass grid=, if one grid holds them all"
+    assert warning == (
+        "Packed: img_ids does not run through the image in rows of equal columns, one after another; pass grid="
+    )
     assert "bigain-tm:0.5 changed nothing: no grid" in nothing
     assert fast.report.sites[0].action == "kept"
 

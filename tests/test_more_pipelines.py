@@ -13,6 +13,7 @@ from diffusers import MultiControlNetModel, StableDiffusionImg2ImgPipeline, Stab
 from torch import Tensor
 
 import bigain_fx as bgx
+from bigain_fx.passes.images import as_grids
 from tests import pipes
 from tests.pipes import BY_NAME, PIPES, SMALL, WIDE, Pipe, built, optimized, run
 
@@ -91,10 +92,23 @@ def test_images_reports_and_graphs(case: Pipe, graphs: Graphs) -> None:
         check_images(run(case, pipe, size=WIDE), run(case, dense, size=WIDE))
         assert graphs.new() == parts
         for part in case.sites:
-            grids = {site.grid for site in getattr(pipe, part).report.rewritten}
+            grids = {as_grids(site.grid)[0] for site in getattr(pipe, part).report.rewritten}
             assert {rows * 2 for rows, _ in grids} == {columns for _, columns in grids}
     assert torch.equal(run(case, pipe, size=SMALL), first), "the first graph still serves its size"
     assert graphs.new() == 0
+
+
+def test_images_to_edit_have_grids_of_their_own(graphs: Graphs) -> None:
+    """Of another size, or turned, an image to edit is another graph; another image of that size is not."""
+    case = BY_NAME["kontext"]
+    dense, pipe = built(case), optimized(case, built(case), METHOD)
+    for size, grid in {(24, 8): (12, 4), (8, 24): (4, 12), (16, 16): (8, 8)}.items():
+        image = pipes.picture(size)
+        check_images(run(case, pipe, image=image), run(case, dense, image=image))
+        assert {site.grid for site in pipe.transformer.report.rewritten} == {((8, 8), grid)}
+        assert graphs.new() == 1
+        run(case, pipe, image=1 - image)
+        assert graphs.new() == 0
 
 
 @each([case for case in PIPES if "num_images_per_prompt" in case.options])

@@ -8,7 +8,8 @@ from torch import Tensor
 
 import bigain_fx as bgx
 from bigain_fx.capture import capture
-from bigain_fx.passes.grid import grid_from_hint
+from bigain_fx.passes.grid import grids_from_hint
+from bigain_fx.passes.images import Grids
 from bigain_fx.passes.methods import Methods, normalize
 from bigain_fx.passes.pipeline import Rewritten, rewrite
 from tests import oracle, toys
@@ -158,14 +159,19 @@ def test_a_hint_that_contradicts_the_graph_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hint", "tokens", "grid"),
+    ("hint", "tokens", "grids"),
     [
-        ((64, 32), 2048, (64, 32)),
-        ((64, 32), 512, (32, 16)),
-        ((64, 32), 1024, None),
-        ((6, 6), 4, (2, 2)),
-        ((4, 4), 32, None),
+        (((64, 32),), 2048, ((64, 32),)),
+        (((64, 32),), 512, ((32, 16),)),
+        (((64, 32),), 1024, None),
+        (((6, 6),), 4, ((2, 2),)),
+        (((4, 4),), 32, None),
+        (((8, 8), (4, 16)), 128, ((8, 8), (4, 16))),
+        (((8, 8), (4, 16)), 32, ((4, 4), (2, 8))),
+        (((8, 8), (6, 10)), 31, ((4, 4), (3, 5))),
+        (((8, 8), (5, 12)), 31, None),
+        (((8, 8), (8, 8)), 64, None),
     ],
 )
-def test_grid_from_hint(hint: tuple[int, int], tokens: int, grid: tuple[int, int] | None) -> None:
-    assert grid_from_hint(hint, tokens) == grid
+def test_grids_from_hint(hint: Grids, tokens: int, grids: Grids | None) -> None:
+    assert grids_from_hint(hint, tokens) == grids

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+Grid = tuple[int, int]
 CROSS = {"*.attn2": "cross-attention"}
 """Why most blocks of diffusers keep their second attention."""
 
@@ -35,7 +36,7 @@ class Site:
         q: the linear layer, or the part of one, that makes queries of the image tokens x.
         k: the same for keys.
         v: the same for values.
-        grid: rows and columns of the image tokens.
+        grid: rows and columns of the image tokens; of each image, where several come one behind another.
         norm: path of the norm whose *input* is the metric (x is that norm's direct output); None: the metric is x.
         x_offset: rows of x before the image tokens (Flux single blocks: text first).
         offset: rows before the image tokens among the rows of the attention's q, k and v.
@@ -45,10 +46,20 @@ class Site:
     q: Part
     k: Part
     v: Part
-    grid: tuple[int, int]
+    grid: Grid | tuple[Grid, ...]
     norm: str | None = None
     x_offset: int = 0
     offset: int = 0
+
+    @property
+    def images(self) -> list[tuple[Grid, int, int]]:
+        """The grid, the first token and the end of each image."""
+        found, start = [], 0
+        grids: Any = [self.grid] if isinstance(self.grid[0], int) else self.grid
+        for rows, columns in grids:
+            found.append(((rows, columns), start, start + rows * columns))
+            start += rows * columns
+        return found
 
 
 @dataclass(frozen=True)
@@ -67,18 +78,20 @@ class Case:
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
-    grid: tuple[int, int] | None = None
+    grid: Grid | tuple[Grid, ...] | None = None
     sites: tuple[Site, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
 
 
-def site(name: str, grid: tuple[int, int], norm: str | None = None, *, x_offset: int = 0, offset: int = 0) -> Site:
+def site(
+    name: str, grid: Grid | tuple[Grid, ...], norm: str | None = None, *, x_offset: int = 0, offset: int = 0
+) -> Site:
     """The site of an attention module whose projections are its layers ``to_q``, ``to_k`` and ``to_v``."""
     q, k, v = (Part(f"{name}.to_{key}") for key in "qkv")
     return Site(name, q, k, v, grid, norm, x_offset, offset)
 
 
-def fused_site(path: str, width: int, grid: tuple[int, int], norm: str | None = None, **offsets: int) -> Site:
+def fused_site(path: str, width: int, grid: Grid | tuple[Grid, ...], norm: str | None = None, **offsets: int) -> Site:
     """The site whose q, k and v are the first three ``width`` output channels of the linear layer at ``path``."""
     q, k, v = (Part(path, third * width, (third + 1) * width) for third in range(3))
     return Site(path.rpartition(".")[0], q, k, v, grid, norm, **offsets)

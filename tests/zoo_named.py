@@ -212,10 +212,16 @@ def chroma_inputs() -> dict[str, Any]:
     return packed() | positions(3) | {"attention_mask": mask}
 
 
-def qwen() -> nn.Module:
+def qwen(**options: Any) -> nn.Module:
     return lively(
         QwenImageTransformer2DModel(
-            **HEADS, in_channels=8, out_channels=2, num_layers=2, joint_attention_dim=12, axes_dims_rope=(4, 6, 6)
+            **HEADS,
+            in_channels=8,
+            out_channels=2,
+            num_layers=2,
+            joint_attention_dim=12,
+            axes_dims_rope=(4, 6, 6),
+            **options,
         )
     )
 

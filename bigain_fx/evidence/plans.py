@@ -20,7 +20,7 @@ from bigain_fx.capture import CallBinder, flat_tensors
 from bigain_fx.denoiser import OptimizedDenoiser, optimize
 from bigain_fx.families import GridHint
 from bigain_fx.passes.errors import InputError
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.images import Grid
 from bigain_fx.passes.methods import MergeMethod
 from bigain_fx.passes.ops import PLANS, complete_cells, laplacian_score
 from bigain_fx.passes.sites import module_name

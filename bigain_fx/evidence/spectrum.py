@@ -20,7 +20,7 @@ from bigain_fx.denoiser import optimize
 from bigain_fx.evidence.plans import Call, observe
 from bigain_fx.families import GridHint
 from bigain_fx.passes.errors import InputError
-from bigain_fx.passes.grid import Grid
+from bigain_fx.passes.images import Grid, as_grids
 from bigain_fx.passes.methods import Method, normalize
 from bigain_fx.passes.ops import downsampled_grid
 
@@ -110,7 +110,7 @@ def measure(
 
     Raises:
         InputError: no timestep; not one method, or one that prunes; it rewrites no attention, or attentions on several
-            grids, or on a sequence that holds text as well.
+            grids, or on a sequence that holds text or several images.
         BigainError: as for :func:`bigain_fx.optimize`.
     """
     methods = normalize(method)
@@ -122,7 +122,8 @@ def measure(
     before, after, error = [], [], []
     for timestep in timesteps:
         calls = observe(denoiser, inputs_at(timestep), MERGES | DOWNSAMPLINGS)
-        grids = {site.grid for site in denoiser.report.rewritten if site.grid}
+        places = {as_grids(site.grid) for site in denoiser.report.rewritten if site.grid}
+        grids = [grid for place in places for grid in place]
         if len(grids) != 1:
             raise InputError(
                 f"method={methods[0]} rewrites attentions on {len(grids)} grids {sorted(grids)}; it must be one: see "

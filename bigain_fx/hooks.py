@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from bigain_fx.quantized import is_layer
+
 
 def hook_in(model: nn.Module) -> str | None:
     """Return the first hook of accelerate or diffusers in ``model`` that a graph cannot hold, in words, or None.
@@ -22,9 +24,12 @@ def hook_in(model: nn.Module) -> str | None:
 
 
 def traced_hooks(model: nn.Module) -> list[str]:
-    """Return the paths of modules with forward hooks: a graph has what they compute, and does not call them."""
+    """Return the paths of modules with forward hooks: a graph has what they compute, and does not call them.
+
+    Quantized layers are called with their hooks.
+    """
     return [
         path or type(model).__name__
         for path, module in model.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks
+        if (module._forward_hooks or module._forward_pre_hooks) and not is_layer(module)
     ]

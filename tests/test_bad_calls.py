@@ -270,7 +270,7 @@ def test_timesteps_of_any_kind_of_number() -> None:
     for value in STEPS:
         torch.testing.assert_close(fast(SAMPLE, value, TEXT).sample, expected, atol=1e-5, rtol=1e-5)
         assert exported_port.bring(value, torch.device("cpu")).tolist() == 7
-    assert len(fast._entries) == 2, "one of integers, one of floats"
+    assert len(fast._graphs) == 2, "one of integers, one of floats"
     scale = {"timestep_cond": None, "cross_attention_kwargs": None, "return_dict": np.bool_(False)}
     assert isinstance(fast(SAMPLE, np.int64(7), TEXT, **scale), tuple)
 

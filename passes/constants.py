@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_arg
 
 from bigain_fx.passes.memory import roots, written
 from bigain_fx.passes.surgery import Surgeon
@@ -77,5 +77,5 @@ def _work_out(module: GraphModule, node: Node, values: dict[Node, Any]) -> None:
         if source.op == "get_attr":
             values[source] = operator.attrgetter(str(source.target))(module).detach()
         else:
-            args, kwargs = map_aggregate((source.args, source.kwargs), lambda item: values.get(item, item))  # type: ignore[call-overload]
-            values[source] = source.target(*args, **kwargs)  # type: ignore[operator]
+            given: Any = map_arg((source.args, source.kwargs), lambda item: values[item])
+            values[source] = source.target(*given[0], **given[1])  # type: ignore[operator]

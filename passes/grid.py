@@ -97,7 +97,8 @@ def placed(node: Node, layouts: Mapping[Node, Layout], hint: Grids | None = None
             grids = ((rows, columns),)
         case (Axis("images", _),) if hint:
             grids = hint
-    return (grids, before, after) if grids and shape_of(node)[1] == before + tokens_on(grids) + after else None
+    whole = shape_of(node)[1:2] == (before + tokens_on(grids) + after,)  # not so of what has several results
+    return (grids, before, after) if grids and whole else None
 
 
 def why_unplaced(node: Node, layouts: Mapping[Node, Layout], hint: Grids | None) -> str:

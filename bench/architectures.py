@@ -20,7 +20,8 @@ from rich.console import Console
 
 from bigain_fx import command_line
 from bigain_fx.bench import BenchError, result
-from bigain_fx.capture import CallBinder, capture
+from bigain_fx.calls import CallBinder
+from bigain_fx.capture import capture
 from bigain_fx.passes.errors import CaptureError
 from bigain_fx.passes.flops import plan_flops
 from bigain_fx.passes.methods import KVDownsample, LaplacianMerge, Methods

@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 
 from bigain_fx import families
 from bigain_fx.bench import BenchError
-from bigain_fx.capture import CallBinder, capture, flat_tensors
+from bigain_fx.calls import CallBinder, flat_tensors
+from bigain_fx.capture import capture
 from bigain_fx.passes.axes import shape_of
 from bigain_fx.passes.flops import flops
 from bigain_fx.passes.methods import KVDownsample, Methods, ToDo

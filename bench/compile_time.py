@@ -26,7 +26,8 @@ from rich.console import Console
 
 from bigain_fx import command_line
 from bigain_fx.bench import BenchError, result
-from bigain_fx.capture import CallBinder, capture, flat_tensors
+from bigain_fx.calls import CallBinder, flat_tensors
+from bigain_fx.capture import capture
 from bigain_fx.models import KNOWN, Workload, example_inputs, load
 from bigain_fx.passes import checks
 from bigain_fx.passes.grammar import parse

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from bigain_fx.bench import result
 from bigain_fx.bench.compile_time import NARROWED, narrow
-from bigain_fx.capture import CallBinder, flat_tensors
+from bigain_fx.calls import CallBinder, flat_tensors
 from bigain_fx.denoiser import optimize
 from bigain_fx.passes.grammar import parse
 from bigain_fx.stopwatch import interleaved

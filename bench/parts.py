@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigain_fx import optimize
 from bigain_fx.bench import BenchError
-from bigain_fx.capture import CallBinder, flat_tensors
+from bigain_fx.calls import CallBinder, flat_tensors
 from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.ops import DECIDING, score
 from bigain_fx.stopwatch import synchronizer

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from bigain_fx.bench import BenchError, result, rows, timing
 from bigain_fx.bench.result import BenchResult, Row
 from bigain_fx.bench.rows import AS_EAGER, DENSE, EAGER, ONNX, PLAIN, TOMESD, Asked, Built, Ready
-from bigain_fx.capture import CallBinder
+from bigain_fx.calls import CallBinder
 from bigain_fx.passes.methods import Methods
 from bigain_fx.stopwatch import synchronizer
 

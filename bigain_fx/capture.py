@@ -1,14 +1,12 @@
-"""Calls to a denoiser, and their capture as one flat pre-dispatch ATen graph."""
+"""Capture of a denoiser as one flat pre-dispatch ATen graph, which leaves the denoiser as it was."""
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload
@@ -17,13 +15,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
-from bigain_fx.families import attention_backend
-from bigain_fx.model_state import ModelState, clear_caches, constant_key
-from bigain_fx.passes import checks
+from bigain_fx.model_state import ModelState, clear_caches
 from bigain_fx.passes.axes import aten
-from bigain_fx.passes.errors import CaptureError, InputError, first_line
-from bigain_fx.passes.images import Hint
-from bigain_fx.passes.kv import TIMESTEP_INPUTS
+from bigain_fx.passes.errors import CaptureError, first_line
 from bigain_fx.passes.memory import roots, written
 from bigain_fx.quantized import plain_layers, put_back, with_layer
 from bigain_fx.torch_internals import one_at_a_time
@@ -42,195 +36,6 @@ class Captured:
     module: GraphModule
     out_spec: pytree.TreeSpec
     numbers: tuple[str, ...] = ()
-
-
-class CallBinder:
-    """Brings every way of calling a denoiser to one form: keyword arguments that differ from their defaults."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.signature = model, inspect.signature(model.forward)
-
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Return the canonical keyword arguments, and whether the caller wants the output class.
-
-        Raises:
-            InputError: arguments that ``forward`` does not take.
-        """
-        try:
-            bound = self.signature.bind(*args, **kwargs)
-        except TypeError as error:
-            names = ", ".join(self.signature.parameters)
-            raise InputError(f"the denoiser cannot be called so: {error}; its arguments are {names}") from None
-        arguments: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
-            parameter = self.signature.parameters[name]
-            if parameter.kind is parameter.VAR_KEYWORD:
-                arguments.update(value)
-            elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
-                kind = type(value).__name__
-                raise InputError(f"{name} (a {kind}) can only be given by position; a denoiser's inputs need names")
-            elif not _is_default(value, parameter.default):
-                arguments[name] = plain_number(value)
-        wants_class = True
-        if option := self.signature.parameters.get("return_dict"):
-            wants_class = bool(bound.arguments.get("return_dict", option.default))
-            arguments = {name: value for name, value in arguments.items() if name != "return_dict"}
-            if option.default is not True:
-                arguments["return_dict"] = True  # the graph always makes the output class
-        for name in TIMESTEP_INPUTS:
-            value = arguments.get(name)
-            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0):
-                arguments[name] = _as_tensor(name, value).to(self._device())
-        return arguments, wants_class
-
-    def _device(self) -> torch.device:
-        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
-
-
-def plain_number(value: Any) -> Any:
-    """``value``, a number of numpy's as the Python number that it is."""
-    scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
-    return value.item() if scalar else value
-
-
-def _as_tensor(name: str, value: Any) -> Tensor:
-    try:
-        return torch.as_tensor(value)
-    except (OverflowError, RuntimeError, ValueError) as error:
-        raise InputError(f"{checks.told(name, value)} must be a number that int64 can hold") from error
-
-
-def _is_default(value: Any, default: Any) -> bool:
-    if value is default:
-        return True
-    return (
-        type(value) is type(default) and not isinstance(value, Tensor) and constant_key(value) == constant_key(default)
-    )
-
-
-def signature_of(arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A hashable key of what a graph is specific to: structure, shapes, strides, dtypes, devices, constants, and the
-    modes that the caller is in, autocast and diffusers' attention backend.
-
-    Raises:
-        InputError: a constant that cannot be compared with the next call's, such as an array, or a sparse tensor.
-    """
-    leaves, spec = pytree.tree_flatten(dict(arguments))
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor | Hashable):
-            raise InputError(f"an input is a {type(leaf).__name__}; pass a torch.Tensor, a number, a string or None")
-    leaves_of = tuple(
-        (leaf.shape, _strides(leaf), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else constant_key(leaf)
-        for leaf in leaves
-    )
-    return (str(spec), leaves_of, _modes(leaves))
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...] | None:
-    """The strides that matter; None where the tensor is contiguous.
-
-    Raises:
-        InputError: a sparse tensor.
-    """
-    if tensor.layout is not torch.strided:
-        raise InputError(f"an input of shape {tuple(tensor.shape)} is {tensor.layout}; pass a dense one, to_dense()")
-    if tensor.is_contiguous():
-        return None
-    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _modes(leaves: Iterable[object]) -> tuple[tuple[str, object], ...]:
-    """The caller's modes by name: autocast and its dtype on the devices of ``leaves``, diffusers' attention backend."""
-    devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)})
-    casts = [
-        (f"autocast on {device}", torch.get_autocast_dtype(device)) for device in devices if autocast_enabled(device)
-    ]
-    return (*casts, ("attention backend", attention_backend()))
-
-
-def described(arguments: Mapping[str, Any], grid: Hint | None) -> str:
-    """The signature in a line, such as ``sample (2, 4, 64, 64) float32, timestep () int64``."""
-    extra = (("grid", grid), *_modes(pytree.tree_leaves(dict(arguments))))
-    told = [*arguments.items(), *((name, value) for name, value in extra if value not in (None, "native"))]
-    return ", ".join(f"{name} {_described(value)}" for name, value in told)
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {_described(value.dtype)}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name} {_described(item)}" for name, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_described, value))}]"
-    return str(value).removeprefix("torch.")
-
-
-def as_calls(example_inputs: Iterable[object]) -> list[tuple[tuple[Any, ...], Mapping[str, Any]]]:
-    """Example inputs as ``(args, kwargs)``: each is such a pair, or the keyword arguments alone.
-
-    Raises:
-        InputError: there is none, or one is neither.
-    """
-    calls = []
-    if not isinstance(example_inputs, Iterable) or isinstance(example_inputs, str | Mapping | Tensor):
-        told = checks.told("example_inputs", example_inputs)
-        raise InputError(f"{told} must be several (args, kwargs), or keyword arguments")
-    for example in example_inputs:
-        args, kwargs = example if isinstance(example, tuple) and len(example) == 2 else ((), example)
-        calls.append((checks.positional("args", args), checks.keywords("kwargs", kwargs)))
-    if not calls:
-        raise InputError("example_inputs is empty; give one (args, kwargs) for each size")
-    return calls
-
-
-def autocast_enabled(device: str) -> bool:
-    """Whether autocast is on for ``device``, such as ``"cpu"``."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def flat_tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors among ``arguments``, in the order in which a captured graph takes them."""
-    return [leaf for leaf in pytree.tree_leaves(dict(arguments)) if isinstance(leaf, Tensor)]
-
-
-def check_inputs(model: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Refuse what would give a wrong answer or a traceback from inside the graph.
-
-    Raises:
-        InputError: gradients are asked for, a tensor is on another device than the weights, or the sample has another
-            floating dtype.
-    """
-    check_gradients(arguments)
-    # Numbers of one byte are stored in it, not computed.
-    weight = next((p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
-    if weight is None:
-        return
-    for name, tensor in _named_tensors(arguments):
-        if tensor.device != weight.device:
-            raise InputError(f"{name} is on {tensor.device}, the weights on {weight.device}; move one of them")
-        if _is_sample(name, arguments) and tensor.dtype != weight.dtype and not autocast_enabled(weight.device.type):
-            raise InputError(f"{name} has dtype {tensor.dtype}, the weights {weight.dtype}; cast one of them")
-
-
-def check_gradients(arguments: Mapping[str, Any]) -> None:
-    """Refuse inputs whose gradients are asked for.
-
-    Raises:
-        InputError: one requires gradients, and they are enabled.
-    """
-    for name, tensor in _named_tensors(arguments):
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise InputError(f"{name} requires gradients, which an optimized denoiser does not give; detach it")
-
-
-def _named_tensors(arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
-    return [(pytree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _is_sample(name: str, arguments: Mapping[str, Any]) -> bool:
-    first = next(iter(arguments))
-    return name == f"['{first}']" and arguments[first].is_floating_point()
 
 
 def capture(model: nn.Module, arguments: Mapping[str, Any], numbers: Mapping[str, Tensor] | None = None) -> Captured:

@@ -2,73 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from itertools import count
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from bigain_fx import families
-from bigain_fx.capture import (
-    CallBinder,
-    as_calls,
-    capture,
-    check_gradients,
-    check_inputs,
-    described,
-    flat_tensors,
-    renew,
-    signature_of,
-    value_read,
-)
-from bigain_fx.hooks import hook_in, traced_hooks
-from bigain_fx.model_state import some
-from bigain_fx.numbers import Numbers
-from bigain_fx.passes.errors import CaptureError, GridError, InputError
-from bigain_fx.passes.images import Hint
+from bigain_fx.calls import CallBinder, as_calls
+from bigain_fx.graphs import Graphs
+from bigain_fx.hooks import check_hooks
+from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.methods import Method, Methods, normalize
-from bigain_fx.quantized import call_quantized
-from bigain_fx.regions import as_regions
-from bigain_fx.report import Report, announce
+from bigain_fx.prepare import Prepared
+from bigain_fx.report import Report
 from bigain_fx.settings import Settings
 from bigain_fx.standin import StandIn
-from bigain_fx.states import States
-from bigain_fx.torch_internals import one_at_a_time
-
-log = logging.getLogger("bigain_fx")
-
-Key = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One captured and rewritten graph, for one input signature.
-
-    Attributes:
-        graph: takes the flat tensor inputs.
-        run: the graph itself with the backend ``"eager"``, else what compiles it.
-        out_spec: the pytree of the model's output.
-        report: what was done to its attentions.
-        numbers: paths of the model's float attributes that are inputs too, behind the tensors.
-    """
-
-    graph: GraphModule
-    run: Callable[..., Any]
-    out_spec: pytree.TreeSpec
-    report: Report
-    numbers: tuple[str, ...] = ()
-
-
-class _Slot:
-    """One graph, and when it was used last."""
-
-    def __init__(self, prepared: Prepared, used: int) -> None:
-        self.prepared, self.used = prepared, used
 
 
 class OptimizedDenoiser(StandIn):
@@ -88,14 +38,8 @@ class OptimizedDenoiser(StandIn):
     def __init__(self, model: nn.Module, methods: Methods, settings: Settings) -> None:
         super().__init__()
         self.methods = families.resolve(methods, model)
-        self._settings, self._binder, self._read_grid = settings, CallBinder(model), families.GridReader()
-        self._numbers = Numbers(model)
-        self._states = States(model, self._numbers.tensor)
-        self._graphs: dict[Key, _Slot] = {}  # by the number of a state, and a signature
-        self._known: dict[Key, str] = {}  # every signature that was captured
-        self._state: int | None = None
-        self._clock = count(1)
-        self._latest: Prepared | None = None
+        self._settings, self._binder = settings, CallBinder(model)
+        self._graphs = Graphs(model, self.methods, settings)
         self._stand_in_for(model)
 
     @property
@@ -105,9 +49,9 @@ class OptimizedDenoiser(StandIn):
         Raises:
             InputError: nothing was captured yet.
         """
-        if self._latest is None:
+        if self._graphs.latest is None:
             raise InputError("report: nothing was captured yet; call the model, or give optimize() example inputs")
-        return self._latest.report
+        return self._graphs.latest.report
 
     @overload
     def prepare(self, *args: Any, example_inputs: None = None, **kwargs: Any) -> Prepared: ...
@@ -127,12 +71,12 @@ class OptimizedDenoiser(StandIn):
             BigainError: as for :func:`optimize`.
         """
         if example_inputs is None:
-            return self._prepared(self._binder.bind(args, kwargs)[0])[0]
+            return self._graphs.ready(self._binder.bind(args, kwargs)[0])[0]
         if args or kwargs:
             raise InputError("example_inputs is given beside other arguments; give one of them")
-        return tuple(self._prepared(self._binder.bind(*call)[0])[0] for call in as_calls(example_inputs))
+        return tuple(self._graphs.ready(self._binder.bind(*call)[0])[0] for call in as_calls(example_inputs))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the denoiser; arguments and result are those of the original's ``forward``.
 
@@ -144,12 +88,12 @@ class OptimizedDenoiser(StandIn):
         """
         arguments, wants_class = self._binder.bind(args, kwargs)
         expected = self._settings.on_new_signature == "raise"
-        prepared, inputs = self._prepared(arguments, expected=expected)
+        prepared, inputs = self._graphs.ready(arguments, expected=expected)
         with torch.inference_mode(False), torch.no_grad():
             try:
                 outputs = self._run(prepared, inputs)
             except Exception:
-                again, inputs = self._prepared(arguments, expected=expected, look=True)
+                again, inputs = self._graphs.ready(arguments, expected=expected, look=True)
                 if again is prepared:
                     raise
                 prepared, outputs = again, self._run(again, inputs)
@@ -167,162 +111,8 @@ class OptimizedDenoiser(StandIn):
         torch.compiler.cudagraph_mark_step_begin()
         return pytree.tree_map_only(Tensor, torch.clone, prepared.run(*inputs))
 
-    def _prepared(
-        self, arguments: Mapping[str, Any], *, expected: bool = False, look: bool = False
-    ) -> tuple[Prepared, list[Tensor]]:
-        """Return the graph for these arguments, captured if it is not there, and its inputs.
-
-        Args:
-            arguments: canonical keyword arguments.
-            expected: capture only what was captured once.
-            look: at everything, the dtypes, devices and shapes of weights too, which Dynamo guards else.
-        """
-        arguments = self._numbers.as_inputs(arguments)
-        grid = families.grid_for(self._settings.grid, arguments, self._read_grid(arguments))
-        signature = (signature_of(arguments), grid.grid)
-        state = None if look else self._states.unmoved(with_kinds=self._settings.backend == "eager")
-        slot = self._graphs.get((state, signature))
-        if slot is None:
-            with one_at_a_time():
-                slot, arguments = self._found_or_made(arguments, signature, grid, expected)
-        elif torch.is_grad_enabled():
-            check_gradients(arguments)
-        slot.used = next(self._clock)
-        self._latest = prepared = slot.prepared
-        return prepared, [*flat_tensors(arguments), *map(self._states.tensors.__getitem__, prepared.numbers)]
-
-    def _found_or_made(
-        self, arguments: Mapping[str, Any], signature: Key, grid: families.Reading, expected: bool
-    ) -> tuple[_Slot, Mapping[str, Any]]:
-        """Return the graph for these arguments, and these, with another float as a tensor perhaps."""
-        state = self._look()
-        if slot := self._graphs.get((state, signature)):
-            if torch.is_grad_enabled():
-                check_gradients(arguments)
-            return slot, arguments
-        inputs = described(arguments, grid.grid)
-        if signature not in self._known and expected:
-            prepared = "; ".join(self._known.values()) or "nothing"
-            raise InputError(f"{inputs}: not prepared, and on_new_signature='raise'; prepared: {prepared}")
-        if signature not in self._known and self._known:
-            log.warning("%s: new input signature, capturing graph %d: %s", self._name, len(self._known) + 1, inputs)
-        if grid.reason:
-            log.warning("%s: %s", self._name, grid.reason)
-        captured, arguments = self._capture_numbers(arguments, grid.grid)
-        announce(captured.report)
-        signature = (signature_of(arguments), grid.grid)
-        state = self._look(captured=True)  # where a first call filled something in, the model is in another state
-        slot = self._graphs[state, signature] = _Slot(captured, next(self._clock))
-        self._known[signature] = self._known.pop(signature, described(arguments, grid.grid))
-        self._drop_oldest()
-        return slot, arguments
-
-    def _capture_numbers(self, arguments: Mapping[str, Any], grid: Hint | None) -> tuple[Prepared, Mapping[str, Any]]:
-        """Capture with the floats that change from call to call as inputs, if the graph allows that."""
-        given, held = self._numbers.moving(arguments, signature_of), self._states.moving()
-        if given or held:
-            as_inputs = self._numbers.as_inputs(arguments, given)
-            try:
-                captured = self._capture(as_inputs, grid, held)
-                if read := value_read(captured.graph.graph):
-                    raise CaptureError(f"forward makes a number of the tensor {read}")
-            except CaptureError as error:
-                paths = sorted(given | held)
-                log.warning("%s: each value of %s is a graph of its own: %s", self._name, some(paths), error)
-                self._numbers.kept |= dict.fromkeys(given, str(error))
-                self._states.kept |= dict.fromkeys(held, str(error))
-            else:
-                self._numbers.promote(given)
-                self._states.promote(held)
-                return captured, as_inputs
-        return self._capture(arguments, grid), arguments
-
-    def _drop_oldest(self) -> None:
-        """Keep ``max_graphs`` graphs, and as many signatures."""
-        while len(self._graphs) > self._settings.max_graphs:
-            oldest = min(self._graphs, key=lambda key: self._graphs[key].used)
-            del self._graphs[oldest]
-            log.warning("%s: dropping a graph, max_graphs=%d: %s", self._name, self._settings.max_graphs,
-                        self._known[oldest[1]])  # fmt: skip
-        held = {inputs for _, inputs in self._graphs}
-        for inputs in [inputs for inputs in self._known if inputs not in held]:
-            if len(self._known) > self._settings.max_graphs:
-                del self._known[inputs]
-
-    def _look(self, captured: bool = False) -> int:
-        """Return the number of the state that the model is in, and make its graphs the ones that are used."""
-        found = self._states.look()
-        if captured and found.changed:
-            # What a first call fills in is there for later ones: it changes none of the graphs that were made without.
-            last = self._state
-            self._graphs = {
-                (found.number if state == last else state, key): slot for (state, key), slot in self._graphs.items()
-            }
-        self._state = found.number
-        for (state, _), slot in self._graphs.items():
-            if state == found.number:
-                renew(slot.prepared.graph, found.renewed)
-        if found.changed and not captured and self._graphs:
-            if found.known:
-                log.info("%s is as it was once, and its graphs are there: %s", self._name, some(found.changed))
-            else:
-                log.warning("%s changed, its graphs are captured anew when next called: %s", self._name,
-                            some(found.changed))  # fmt: skip
-        held = self._states.numbers
-        self._graphs = {key: slot for key, slot in self._graphs.items() if key[0] in held}
-        return found.number
-
-    def _capture(self, arguments: Mapping[str, Any], grid: Hint | None, more: Iterable[str] = ()) -> Prepared:
-        if self.original.training:
-            raise InputError(f"{self._name} is in train mode; call model.eval() first")
-        _check_hooks(self.original)
-        check_inputs(self.original, arguments)
-        numbers = self._states.values({*self._states.inputs, *more})
-        captured = capture(self.original, arguments, numbers)
-        if hooked := traced_hooks(self.original):
-            log.warning(
-                "%s: forward hooks are part of its graph, and are not called again: %s", self._name, some(hooked)
-            )
-        try:
-            rewritten = self._settings.rewrite(captured.module, self.methods, grid)
-        except GridError as error:
-            if self._settings.grid is not None:
-                raise
-            log.warning("%s: the grid that its inputs tell is not used: %s", self._name, error)
-            rewritten = self._settings.rewrite(captured.module, self.methods, None)
-        call_quantized(rewritten.module)
-        report = Report.of(self._name, self.methods, rewritten)
-        if self._settings.backend != "eager":
-            as_regions(rewritten.module)
-        run = self._settings.compile(rewritten.module, self._check_kinds)
-        return Prepared(rewritten.module, run, captured.out_spec, report, captured.numbers)
-
-    def _check_kinds(self) -> None:
-        """Refuse to compile a graph again for weights that are not what it was captured with."""
-        if not self._states.same_kinds():
-            raise InputError(f"weights of {self._name} have other dtypes, devices or shapes than when it was captured")
-
-    def _inspect(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Report:
-        """What would be done for these inputs; nothing is kept, and nothing is logged of it."""
-        arguments, _ = self._binder.bind(args, kwargs)
-        grid = families.grid_for(self._settings.grid, arguments, self._read_grid(arguments))
-        with one_at_a_time():
-            return self._capture(arguments, grid.grid).report
-
-    @property
-    def _name(self) -> str:
-        return type(self.original).__name__
-
     def __reduce__(self) -> tuple[Any, ...]:
         return OptimizedDenoiser, (self.original, self.methods, self._settings)
-
-
-def _check_hooks(model: nn.Module) -> None:
-    if hook := hook_in(model):
-        raise InputError(
-            f"{type(model).__name__} has {hook}, which no graph can hold; remove it, and if it offloads weights use "
-            "enable_model_cpu_offload() once the optimized denoiser is in the pipeline"
-        )
 
 
 def optimize(
@@ -379,7 +169,7 @@ def optimize(
         raise InputError(f"{type(model).__name__} is in train mode; call model.eval() first")
     if hasattr(model, "_orig_mod"):
         raise InputError("model was compiled by torch.compile; optimize what it was made from, model._orig_mod")
-    _check_hooks(model)
+    check_hooks(model)
     settings = Settings(backend, grid, mode, options, on_new_signature, max_graphs, select)
     optimized = OptimizedDenoiser(model, methods, settings)
     if args is not None or kwargs is not None:
@@ -400,4 +190,5 @@ def inspect(
 
     Works on the meta device as well. Arguments and errors are those of :func:`optimize`.
     """
-    return optimize(model, method=method, backend="eager", grid=grid)._inspect(args or (), kwargs or {})
+    fast = optimize(model, method=method, backend="eager", grid=grid)
+    return fast._graphs.inspect(fast._binder.bind(args or (), kwargs or {})[0])

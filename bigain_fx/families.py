@@ -236,7 +236,7 @@ def grid_for(hint: GridHint, arguments: Mapping[str, Any], read: Reading) -> Rea
     return Reading(as_hint(grids))
 
 
-def _ask(hint: Callable[[Mapping[str, Any]], Grid | None], arguments: Mapping[str, Any]) -> Grid | None:
+def _ask(hint: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any]) -> Any:
     try:
         return hint(arguments)
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from bigain_fx.passes.errors import InputError
 from bigain_fx.quantized import is_layer
 
 
@@ -21,6 +22,19 @@ def hook_in(model: nn.Module) -> str | None:
         if hooks := getattr(vars(module).get("_diffusers_hook"), "hooks", None):
             return f"diffusers' {next(iter(hooks))!r}{at}"
     return None
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Refuse a model with hooks that no graph can hold.
+
+    Raises:
+        InputError: it has one.
+    """
+    if hook := hook_in(model):
+        raise InputError(
+            f"{type(model).__name__} has {hook}, which no graph can hold; remove it, and if it offloads weights use "
+            "enable_model_cpu_offload() once the optimized denoiser is in the pipeline"
+        )
 
 
 def traced_hooks(model: nn.Module) -> list[str]:

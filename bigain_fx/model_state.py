@@ -127,9 +127,9 @@ class ModelState:
 
     def number(self, path: str) -> float:
         """Return the float at ``path``."""
-        kind, text = self.facts[path]  # type: ignore[misc]
-        assert kind is float
-        return float(text)
+        fact: Any = self.facts[path]
+        assert fact[0] is float
+        return float(fact[1])
 
     def place(self, path: str) -> tuple[Any, Any] | None:
         """Return the dict or list that has ``path`` as an item, and the item's name in it; None if none has."""
@@ -187,7 +187,7 @@ class ModelState:
         elif isinstance(value, list):
             self._enter(path, value, dict(enumerate(value)), inside)
         elif isinstance(value, tuple):
-            self.facts[path] = tuple
+            self.facts[path] = ("tuple",)
             for index, item in enumerate(value):
                 self._note(joined(path, str(index)), item, inside=inside)
         elif isinstance(value, set | frozenset):
@@ -205,7 +205,7 @@ class ModelState:
         self, path: str, container: Any, items: Mapping[Any, object], inside: bool, fact: Hashable = None
     ) -> None:
         if fact is None and path not in self.facts:
-            self.facts[path] = type(container)
+            self.facts[path] = (type(container),)
         if id(container) in self._entered:
             return
         self._entered.add(id(container))

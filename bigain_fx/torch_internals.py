@@ -80,7 +80,10 @@ def compiler(
         RuntimeError: a mode or an option that there is not.
         InvalidBackend: a backend that there is not.
     """
-    kind = torch._TorchCompileInductorWrapper if backend == "inductor" else torch._TorchCompileWrapper
-    given = (mode, options) if backend == "inductor" else (backend, mode, options)
-    made: Callable[[Any, Any], Callable[..., Any]] = kind(*given, dynamic=False)  # type: ignore[arg-type]
-    return made
+    made: Any
+    if backend == "inductor":
+        made = torch._TorchCompileInductorWrapper(mode, options, False)
+    else:
+        made = torch._TorchCompileWrapper(backend, mode, options, False)
+    compile_: Callable[[Any, Any], Callable[..., Any]] = made
+    return compile_

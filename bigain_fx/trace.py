@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 import bigain_fx
-from bigain_fx.capture import CallBinder, as_calls, flat_tensors
+from bigain_fx.calls import CallBinder, as_calls, flat_tensors
 from bigain_fx.denoiser import OptimizedDenoiser, optimize
 from bigain_fx.deployed import DeployedDenoiser
 from bigain_fx.export.interface import Interface, describe

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import bigain_fx as bgx
-from bigain_fx.capture import capture, flat_tensors
+from bigain_fx.calls import flat_tensors
+from bigain_fx.capture import capture
 from bigain_fx.passes.errors import GridError
 from bigain_fx.passes.methods import KV, MERGE, Methods
 from bigain_fx.passes.pipeline import SiteRecord, rewrite

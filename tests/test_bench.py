@@ -20,7 +20,8 @@ import bigain_fx as bgx
 from bigain_fx import families
 from bigain_fx.bench import BenchError, bound, result, rows, timing, tomesd_rows
 from bigain_fx.bench.run import run
-from bigain_fx.capture import CallBinder, capture
+from bigain_fx.calls import CallBinder
+from bigain_fx.capture import capture
 from bigain_fx.models import Workload
 from bigain_fx.passes.grammar import parse, parse_list
 from bigain_fx.passes.methods import LinearAlpha, Methods

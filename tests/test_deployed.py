@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import bigain_fx as bgx
-from bigain_fx.capture import CallBinder, flat_tensors
+from bigain_fx.calls import CallBinder, flat_tensors
 from bigain_fx.deployed import DeployedDenoiser, OrtDenoiser
 from bigain_fx.export.interface import Interface, describe
 from bigain_fx.export.ports import Port

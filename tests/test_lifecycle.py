@@ -354,7 +354,7 @@ def test_the_number_of_graphs_is_bounded(said: Callable[[], list[str]]) -> None:
     assert len(said()) == 4
     gc.collect()
     assert graph() is None
-    assert len(fast._graphs) == len(fast._known) == 2
+    assert len(fast._graphs) == len(fast._graphs.signatures) == 2
 
 
 def test_modes_of_the_caller_are_told_apart(said: Callable[[], list[str]]) -> None:

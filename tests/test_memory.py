@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import bigain_fx as bgx
-from bigain_fx.capture import capture, flat_tensors
+from bigain_fx.calls import flat_tensors
+from bigain_fx.capture import capture
 from bigain_fx.passes.errors import CaptureError
 from bigain_fx.passes.memory import written, written_by
 from bigain_fx.passes.methods import Methods, normalize

@@ -22,7 +22,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 import bigain_fx as bgx
-from bigain_fx.capture import CallBinder, capture, flat_tensors
+from bigain_fx.calls import CallBinder, flat_tensors
+from bigain_fx.capture import capture
 from bigain_fx.deployed import PackagedDenoiser, load_package
 from bigain_fx.export import package as package_module
 from bigain_fx.export.archive import read_metadata

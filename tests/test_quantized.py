@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import bigain_fx as bgx
-from bigain_fx.capture import check_inputs
+from bigain_fx.calls import check_inputs
 from bigain_fx.quantized import plain_layers
 from tests import toys
 from tests.test_sites import with_oracle

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import bigain_fx as bgx
-from bigain_fx.capture import CallBinder, capture, flat_tensors
+from bigain_fx.calls import CallBinder, flat_tensors
+from bigain_fx.capture import capture
 from bigain_fx.passes import ops
 from bigain_fx.passes.methods import normalize
 from bigain_fx.passes.pipeline import rewrite

@@ -469,7 +469,7 @@ def test_outputs_of_cuda_graphs_outlive_the_next_call(settings: dict[str, Any], 
         return
     fast.prepare(IMAGE)
     memory = torch.zeros_like(IMAGE)
-    (slot,) = fast._graphs.values()
+    (slot,) = fast._graphs.slots.values()
     slot.prepared = replace(slot.prepared, run=lambda *inputs: [memory.add_(1)])
     first, second = fast(IMAGE), fast(IMAGE)
     assert first.unique().tolist() == [1.0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import bigain_fx as bgx
-from bigain_fx import denoiser
+from bigain_fx import prepare
 from bigain_fx.capture import Captured, capture
 from tests.zoo import Case
 
@@ -74,7 +74,7 @@ def load(case: Case) -> Loaded:
 def optimize(case: Case, method: Any, backend: str = "eager") -> Any:
     """``case`` optimized for its inputs; capturing takes most of the time, so one capture serves every method."""
     loaded = load(case)
-    with mock.patch.object(denoiser, "capture", _capture_once):
+    with mock.patch.object(prepare, "capture", _capture_once):
         return bgx.optimize(loaded.model, (), loaded.example, method=method, backend=backend, grid=case.grid)
 
 

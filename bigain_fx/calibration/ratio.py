@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from bigain_fx import families
 from bigain_fx.calibration.calls import Call, output_of, step_of
-from bigain_fx.capture import CallBinder, capture, flat_tensors, signature_of
+from bigain_fx.calls import CallBinder, flat_tensors, signature_of
+from bigain_fx.capture import capture
 from bigain_fx.denoiser import optimize
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.methods import MergeMethod

@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from bigain_fx.capture import CallBinder, flat_tensors
+from bigain_fx.calls import CallBinder, flat_tensors
 from bigain_fx.denoiser import OptimizedDenoiser, optimize
 from bigain_fx.families import GridHint
 from bigain_fx.passes.errors import InputError

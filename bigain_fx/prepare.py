@@ -1,0 +1,91 @@
+"""From a model and the arguments of one call to a graph that can be run: captured, rewritten, compiled when called."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from bigain_fx.calls import check_inputs
+from bigain_fx.capture import capture
+from bigain_fx.hooks import check_hooks, traced_hooks
+from bigain_fx.model_state import some
+from bigain_fx.passes.errors import GridError, InputError
+from bigain_fx.passes.images import Hint
+from bigain_fx.passes.methods import Methods
+from bigain_fx.quantized import call_quantized
+from bigain_fx.regions import as_regions
+from bigain_fx.report import Report
+from bigain_fx.settings import Settings
+
+log = logging.getLogger("bigain_fx")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One captured and rewritten graph, for one input signature.
+
+    Attributes:
+        graph: takes the flat tensor inputs.
+        run: the graph itself with the backend ``"eager"``, else what compiles it.
+        out_spec: the pytree of the model's output.
+        report: what was done to its attentions.
+        numbers: paths of the model's float attributes that are inputs too, behind the tensors.
+    """
+
+    graph: GraphModule
+    run: Callable[..., Any]
+    out_spec: pytree.TreeSpec
+    report: Report
+    numbers: tuple[str, ...] = ()
+
+
+def prepare(
+    model: nn.Module,
+    methods: Methods,
+    settings: Settings,
+    arguments: Mapping[str, Any],
+    grid: Hint | None,
+    numbers: Mapping[str, Tensor] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Prepared:
+    """Capture ``model`` for ``arguments``, and rewrite the graph by ``methods``.
+
+    Args:
+        model: the original.
+        methods: timestep units filled in.
+        settings: how.
+        arguments: canonical keyword arguments.
+        grid: of the image tokens, where it is known.
+        numbers: float attributes of the model that become inputs, as for :func:`bigain_fx.capture.capture`.
+        check: called before the graph is compiled, and compiled again.
+
+    Raises:
+        BigainError: as for :func:`bigain_fx.optimize`.
+    """
+    name = type(model).__name__
+    if model.training:
+        raise InputError(f"{name} is in train mode; call model.eval() first")
+    check_hooks(model)
+    check_inputs(model, arguments)
+    captured = capture(model, arguments, numbers or {})
+    if hooked := traced_hooks(model):
+        log.warning("%s: forward hooks are part of its graph, and are not called again: %s", name, some(hooked))
+    try:
+        rewritten = settings.rewrite(captured.module, methods, grid)
+    except GridError as error:
+        if settings.grid is not None:
+            raise
+        log.warning("%s: the grid that its inputs tell is not used: %s", name, error)
+        rewritten = settings.rewrite(captured.module, methods, None)
+    call_quantized(rewritten.module)
+    report = Report.of(name, methods, rewritten)
+    if settings.backend != "eager":
+        as_regions(rewritten.module)
+    run = settings.compile(rewritten.module, check)
+    return Prepared(rewritten.module, run, captured.out_spec, report, captured.numbers)

@@ -441,7 +441,7 @@ PORT = {"name": "a", "path": ["a"], "shape": [1], "dtype": "float32"}
         (edited(outputs=[{**PORT, "path": ["class"]}]), "malformed .*names of fields"),
         (edited(versions=["ort"]), "malformed .KeyError"),
         ({key: value for key, value in edited().items() if key != "method"}, "malformed .KeyError"),
-        ({**edited(), "grid": "8"}, "malformed .IndexError"),
+        ({**edited(), "grid": "8"}, "malformed .GridError"),
         (edited(inputs=[PORT]), r"the graph has \[\('sample'.*, its metadata says \[\('a'"),
     ],
 )  # fmt: skip

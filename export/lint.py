@@ -83,7 +83,7 @@ def lint(path: Path, provider: str = CUDA) -> tuple[Finding, ...]:
     try:
         return tuple(_Linter(provider, model).findings(_Scope(opsets)))
     except Exception as error:  # of whatever kind: the walk trusts what a field says
-        said = " ".join(f"{type(error).__name__} {error}".split())[:300]
+        said = " ".join(str(error).split())[:300] or type(error).__name__
         raise ExportError(f"path={str(path)!r}: the graph is malformed: {said}") from error
 
 

@@ -191,4 +191,5 @@ def inspect(
     Works on the meta device as well. Arguments and errors are those of :func:`optimize`.
     """
     fast = optimize(model, method=method, backend="eager", grid=grid)
-    return fast._graphs.inspect(fast._binder.bind(args or (), kwargs or {})[0])
+    (call,) = as_calls([(() if args is None else args, {} if kwargs is None else kwargs)])
+    return fast._graphs.inspect(fast._binder.bind(*call)[0])

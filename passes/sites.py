@@ -7,7 +7,7 @@ projected from, down to the last nodes before the branch meets all tokens again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from torch.fx import Graph, Node
@@ -18,7 +18,6 @@ from bigain_fx.passes.axes import (
     TOKENS,
     Layout,
     Refusal,
-    aten,
     named,
     names,
     parts,
@@ -35,7 +34,8 @@ from bigain_fx.passes.grid import (
 )
 from bigain_fx.passes.images import Grids, tokens_on
 from bigain_fx.passes.memory import aliases, descendants, written_by
-from bigain_fx.passes.metric import Metric, stream, without_casts
+from bigain_fx.passes.metric import Metric, stream
+from bigain_fx.passes.projections import as_read, projected_from
 from bigain_fx.passes.region import Region, check_company, features, grow, step
 
 
@@ -227,14 +227,14 @@ def _place(sdpa: Node, around: Surroundings, hint: Grids | None) -> _Place | Ref
     if refusal:
         return refusal
     operands: dict[str, Node] = dict(zip("qkv", sdpa.args[:3], strict=True))  # type: ignore[arg-type]
-    sources = {key: _projected_from(node) for key, node in operands.items()}
+    sources = {key: projected_from(node) for key, node in operands.items()}
     for key, found in sources.items():
         if not found:
             return Refusal(f"{key} is not a linear projection", operands[key].name)
     shared = sorted(set.intersection(*sources.values()))
     if not shared:
         return Refusal("cross-attention: q, k and v are not projected from the same tensor", sdpa.name)
-    shared = [_as_read(node, operands.values()) for node in shared]
+    shared = [as_read(node, operands.values()) for node in shared]
     places = [_Place(node, *place) for node in shared if (place := placed(node, around.images, around.hint))]
     if places:
         several = Refusal(f"q, k and v are projected from {len(places)} images at once", sdpa.name)
@@ -276,40 +276,6 @@ def _check_attention(sdpa: Node) -> Refusal | None:
     if any(not isinstance(size, int) for node in sdpa.all_input_nodes for size in shape_of(node)):
         return Refusal("dynamic shape", sdpa.name)
     return None
-
-
-def _projected_from(operand: Node) -> set[Node]:
-    """What ``operand`` is projected from, through one linear layer or a sum of several in a row (LoRA)."""
-    found = _nearest_inputs(operand)
-    between = {node for node in found if (above := _nearest_inputs(node)) and above <= found - {node}}
-    return found - between
-
-
-def _as_read(x: Node, operands: Iterable[Node]) -> Node:
-    """``x`` as all of its projections read it: the cast of it, if they read the same one."""
-    read = {node for operand in operands for node in _nearest_layers(operand)}
-    seen = {layer.args[0] for layer in read if without_casts(layer.args[0]) is x}  # type: ignore[arg-type]
-    return seen.pop() if len(seen) == 1 else x  # type: ignore[return-value]
-
-
-def _nearest_inputs(operand: Node) -> set[Node]:
-    """Inputs of the nearest linear layers above ``operand``, casts removed."""
-    return {without_casts(layer.args[0]) for layer in _nearest_layers(operand)}  # type: ignore[arg-type]
-
-
-def _nearest_layers(operand: Node) -> set[Node]:
-    """The nearest linear layers above ``operand``."""
-    found: set[Node] = set()
-    pending, seen = [operand], {operand}
-    while pending:
-        node = pending.pop()
-        if node.target is aten.linear.default:
-            found.add(node)
-            continue
-        new = [source for source in node.all_input_nodes if source not in seen]
-        seen.update(new)
-        pending.extend(new)
-    return found
 
 
 def _between(x: Node, operand: Node) -> set[Node]:

@@ -556,7 +556,7 @@ def test_a_lora_scale_stays_a_constant_of_the_signature(said: Callable[[], list[
         reasons = [warning for warning in said() if "cross_attention_kwargs.scale is a graph of its own" in warning]
         assert len(reasons) == 1 - adapters
         pytest.importorskip("peft")
-        m.load_lora_adapter(lora(m, 1), prefix="unet", adapter_name="a")
+        m.load_lora_adapter(lora(m, 1), prefix="unet", adapter_name=f"after {adapters}")
 
 
 def lora(of: nn.Module, seed: int, rank: int = 2) -> dict[str, Tensor]:

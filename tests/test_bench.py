@@ -692,8 +692,8 @@ def test_run_refuses_a_model_whose_output_is_not_finite(value: float) -> None:
 @pytest.mark.parametrize(
     ("methods", "options", "message"),
     [
-        ({}, {"rounds": 0}, "rounds=0 must be at least 1"),
-        ({}, {"warmup": -1}, "warmup=-1 must be 0 or more"),
+        ({}, {"rounds": 0}, "rounds=0 must be an integer from 1"),
+        ({}, {"warmup": -1}, "warmup=-1 must be an integer from 0"),
         ({"dense": parse("tome:0.5")}, {}, "methods has 'dense', the name of a row that is not a method"),
         ({"bound:x": parse("tome:0.5")}, {}, "methods has 'bound:x'"),
         ({"x eager": parse("tome:0.5")}, {}, "methods has 'x eager'"),

@@ -26,7 +26,7 @@ class Versions:
         self._dicts = tuple(dicts)
         self._root = RootGuardManager()
         for index, items in enumerate(self._dicts):
-            guard = self._root.tuple_getitem_manager(index, "", items, GuardManagerType.GUARD_MANAGER)
+            guard: Any = self._root.tuple_getitem_manager(index, "", items, GuardManagerType.GUARD_MANAGER)
             try:
                 guard.add_dict_version_guard(items, [""], None)
             except TypeError:  # not every torch wants a user's stack

@@ -22,6 +22,7 @@ from bigain_fx.export.interface import Interface, Port
 from bigain_fx.export.package import Package
 from bigain_fx.export.ports import dotted, leaves
 from bigain_fx.export.session import Provider, Session, SharedWeights
+from bigain_fx.families import GridReader, check_built_in
 from bigain_fx.passes import checks
 from bigain_fx.passes.errors import ExportError, InputError
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
@@ -82,7 +83,7 @@ class DeployedDenoiser(nn.Module):
         self.interface, self.device = graphs[0].interface, device
         self.config = FrozenDict(self.interface.config)
         self._graphs, self._opened = tuple(graphs), opened
-        self._warned = False
+        self._warned, self._warned_of_grid, self._read_grid = False, False, GridReader()
         self.placeholder = nn.Parameter(torch.empty(0, dtype=self.dtype, device=device), requires_grad=False)
         self.training = False
 
@@ -111,10 +112,12 @@ class DeployedDenoiser(nn.Module):
             The original's output, by field and by index; with ``return_dict=False`` a tuple.
 
         Raises:
-            InputError: arguments that the graph does not take, see :meth:`Interface.bind`, or that require gradients.
+            InputError: arguments that the graph does not take, see :meth:`Interface.bind`, that tell of another grid
+                than the one that is built in, or that require gradients.
         """
         arguments = self.interface.arguments(args, kwargs)
         graph = self._choose(arguments)
+        self._check_grid(graph.interface, arguments)
         inputs = graph.interface.bind((), arguments, self.device)
         for port, tensor in zip(graph.interface.inputs, inputs, strict=True):
             if tensor.requires_grad and torch.is_grad_enabled():
@@ -139,6 +142,17 @@ class DeployedDenoiser(nn.Module):
         raise InputError(
             f"{first.key} has shape {size}, there are graphs for {sizes}; export that size too with example_inputs="
         )
+
+    def _check_grid(self, interface: Interface, arguments: Mapping[str, Any]) -> None:
+        """Refuse inputs of another grid: the plan of merging is built in, and their shapes need not tell."""
+        if interface.grid is None or interface.method == "dense":
+            return
+        read = self._read_grid(arguments)
+        check_built_in(interface.grid, read)
+        if read.reason and not self._warned_of_grid:
+            self._warned_of_grid = True
+            reason = read.reason.removesuffix("; pass grid=")
+            _log.warning("%s: its grid is taken to be %s: %s", interface.model, interface.grid, reason)
 
     def train(self, mode: bool = True) -> DeployedDenoiser:
         """Stay in eval mode.

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigain_fx.passes.checks import told
-from bigain_fx.passes.errors import GridError, MethodError, first_line
-from bigain_fx.passes.images import Grid, Hint, as_grids, as_hint
+from bigain_fx.passes.errors import GridError, InputError, MethodError, first_line
+from bigain_fx.passes.images import Grid, Grids, Hint, as_grids, as_hint, tokens_on
 from bigain_fx.passes.methods import KVDownsample, LinearAlpha, Method, Methods
 
 GridHint = Hint | Sequence[Grid] | Callable[[Mapping[str, Any]], Hint | Sequence[Grid] | None] | None
@@ -224,16 +224,35 @@ def grid_for(hint: GridHint, arguments: Mapping[str, Any], read: Reading) -> Rea
         raise GridError(
             f"grid={given!r}: the tokens are those of num_frames={frames}; a grid is one image, not a video"
         )
+    if against := _against(grids, read):
+        ask = "" if read.grid else "; give the grid of each"
+        raise GridError(f"grid={given!r} contradicts the inputs, {against}{ask}")
+    return Reading(as_hint(grids))
+
+
+def _against(grids: Grids, read: Reading) -> str:
+    """What ``read`` tells against ``grids``, if anything."""
     if read.grid not in (None, as_hint(grids)):
-        raise GridError(f"grid={given!r} contradicts the inputs, whose grid is {read.grid}")
+        return f"whose grid is {read.grid}"
     starts = (0, *accumulate(rows * columns for rows, columns in grids[:-1]))
     if len(read.starts) > 1 and read.starts != starts:
-        shown = f"{list(read.starts[:4])}{' and so on' if len(read.starts) > 4 else ''}"
-        raise GridError(
-            f"grid={given!r} contradicts the inputs, whose images or frames begin at the tokens {shown}; give the grid "
-            "of each"
-        )
-    return Reading(as_hint(grids))
+        more = " and so on" if len(read.starts) > 4 else ""
+        return f"whose images or frames begin at the tokens {list(read.starts[:4])}{more}"
+    return ""
+
+
+def check_built_in(grid: Hint, read: Reading) -> None:
+    """Refuse inputs that split the tokens of ``grid``, which a fixed graph was made for, into other images or rows.
+
+    Raises:
+        InputError: they do.
+    """
+    grids = as_grids(grid)
+    tokens = tokens_on(grids)
+    # A graph may have found the grid of a part by itself, such as that of one frame.
+    of_all = tokens_on(as_grids(read.grid)) == tokens if read.grid else read.starts[-1:] < (tokens,)
+    if of_all and (against := _against(grids, read)):
+        raise InputError(f"the graph is made for the grid {grid}, not for these inputs, {against}; export one for that")
 
 
 def _ask(hint: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any]) -> Any:

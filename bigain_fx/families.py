@@ -241,18 +241,28 @@ def _against(grids: Grids, read: Reading) -> str:
     return ""
 
 
-def check_built_in(grid: Hint, read: Reading) -> None:
-    """Refuse inputs that split the tokens of ``grid``, which a fixed graph was made for, into other images or rows.
+def built_in(grids: Sequence[Hint], read: Reading) -> Hint:
+    """Return the one of ``grids``, of fixed graphs of equal shapes, that the inputs tell.
 
     Raises:
-        InputError: they do.
+        InputError: they split the tokens into other images or rows, or do not tell which of several it is.
     """
-    grids = as_grids(grid)
+    against = {grid: _against(as_grids(grid), read) if _is_of_all(as_grids(grid), read) else "" for grid in grids}
+    fitting = [grid for grid, contradiction in against.items() if not contradiction]
+    if len(fitting) == 1:
+        return fitting[0]
+    made = " or ".join(map(str, grids))
+    if fitting:
+        raise InputError(f"there are graphs for the grids {made}, and these inputs do not tell which: {read.reason}")
+    raise InputError(
+        f"the graph is made for the grid {made}, not for these inputs, {against[grids[0]]}; export that grid too"
+    )
+
+
+def _is_of_all(grids: Grids, read: Reading) -> bool:
+    """Whether ``grids`` are of all tokens that were read: a graph may have found that of a part, such as a frame."""
     tokens = tokens_on(grids)
-    # A graph may have found the grid of a part by itself, such as that of one frame.
-    of_all = tokens_on(as_grids(read.grid)) == tokens if read.grid else read.starts[-1:] < (tokens,)
-    if of_all and (against := _against(grids, read)):
-        raise InputError(f"the graph is made for the grid {grid}, not for these inputs, {against}; export one for that")
+    return tokens_on(as_grids(read.grid)) == tokens if read.grid else read.starts[-1:] < (tokens,)
 
 
 def _ask(hint: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any]) -> Any:

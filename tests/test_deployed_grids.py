@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bigain_fx as bgx
-from bigain_fx.families import Reading, check_built_in
+from bigain_fx.families import Reading, built_in
 from tests import toys
 from tests.zoo_images import IMAGES, KONTEXT, ids
 
@@ -114,6 +114,53 @@ def test_ids_that_tell_no_grid_are_named_once(tmp_path: Path, caplog: pytest.Log
 def test_what_contradicts_a_grid(grid: Any, read: Reading, refused: bool) -> None:
     if refused:
         with pytest.raises(bgx.InputError, match="the graph is made for the grid"):
-            check_built_in(grid, read)
+            built_in([grid], read)
     else:
-        check_built_in(grid, read)
+        assert built_in([grid], read) == grid
+
+
+def test_the_grid_chooses_among_graphs_of_equal_shapes(tmp_path: Path) -> None:
+    """Upright and lying pictures have as many tokens, and one file or package serves both."""
+    torch.manual_seed(0)
+    model, tokens = Packed().eval(), torch.randn(1, 48, toys.C)
+    lying, upright = ({"hidden_states": tokens, "img_ids": ids((grid,), (0,), 3)} for grid in ((6, 8), (8, 6)))
+    record = bgx.export_onnx(
+        model, None, tmp_path / "d.onnx", method=METHOD, example_inputs=[((), lying), ((), upright)], verify=False
+    )
+    assert [graph.path.name for graph in record.graphs] == [f"d-1x48x16-48x3-{grid}.onnx" for grid in ("6x8", "8x6")]
+    deployed = bgx.OrtDenoiser([graph.path for graph in record.graphs])
+    fast = bgx.optimize(model, method=METHOD, backend="eager")
+    for inputs in (lying, upright, lying):
+        torch.testing.assert_close(deployed(**inputs), fast(**inputs), rtol=1e-4, atol=1e-4)
+    with pytest.raises(bgx.InputError, match=r"the grid \(6, 8\) or \(8, 6\), not .* is \(4, 12\); export"):
+        deployed(tokens, ids(((4, 12),), (0,), 3))
+    with pytest.raises(bgx.InputError, match=r"the grids \(6, 8\) or \(8, 6\), and .* which: img_ids does not"):
+        deployed(tokens, torch.zeros(48, 3))
+
+
+def test_constants_choose_among_graphs_too(tmp_path: Path) -> None:
+    """Two sizes of what takes ``img_shapes`` are two of one model, and two of one size are told apart by them."""
+    torch.manual_seed(0)
+    model = Packed().eval()
+    calls = [
+        {"hidden_states": torch.randn(1, rows * columns, toys.C), "img_shapes": [[(1, rows, columns)]]}
+        for rows, columns in ((6, 8), (8, 6), (4, 6))
+    ]
+    record = bgx.export_onnx(
+        model, None, tmp_path / "d.onnx", method=METHOD, example_inputs=[((), each) for each in calls], verify=False
+    )
+    deployed = bgx.OrtDenoiser([graph.path for graph in record.graphs])
+    fast = bgx.optimize(model, method=METHOD, backend="eager")
+    for inputs in calls:
+        torch.testing.assert_close(deployed(**inputs), fast(**inputs), rtol=1e-4, atol=1e-4)
+    with pytest.raises(bgx.InputError, match=r"made for the grid \(4, 6\), not .* whose grid is \(3, 8\)"):
+        deployed(calls[2]["hidden_states"], img_shapes=[[(1, 3, 8)]])
+
+
+def test_equal_graphs_are_refused(tmp_path: Path) -> None:
+    """A dense graph takes any grid: two are one."""
+    _, told, other = OTHERS["one image, turned"]
+    tokens = {"hidden_states": torch.randn(1, 48, toys.C)}
+    calls = [((), tokens | told), ((), tokens | other)]
+    with pytest.raises(bgx.InputError, match=r"has two of one size among \[\(1, 48, 16\), \(1, 48, 16\)\]"):
+        bgx.export_onnx(Packed().eval(), None, tmp_path / "d.onnx", method=(), example_inputs=calls)

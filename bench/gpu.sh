@@ -43,6 +43,7 @@ out=${OUT:-bench/results}
 if [ "${1:-}" = split ]; then
     run bigain_fx.bench.split --device cuda --dtype bfloat16 --out "$out" "${@:2}"
 else
+    run bigain_fx.bench.cuda_graphs
     # Six runs compile side by side, then each is timed alone.
     export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
     run bigain_fx.bench.suite "${1:-gpu}" --jobs 6 --limit 240 --out "$out" "${@:2}"

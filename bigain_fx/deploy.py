@@ -18,7 +18,7 @@ from bigain_fx.export.retrace import retrace
 from bigain_fx.families import GridHint
 from bigain_fx.passes import checks
 from bigain_fx.passes.errors import ExportError, InputError, first_line
-from bigain_fx.passes.kv import TIMESTEP_INPUTS
+from bigain_fx.passes.images import as_grids, text_of
 from bigain_fx.passes.methods import Method, normalize
 from bigain_fx.quantized import first_layer, first_quantized
 from bigain_fx.report import Report
@@ -118,8 +118,8 @@ def export_onnx(
         attention: ``"MultiHeadAttention"``, ONNX Runtime's own operator, or ``"standard"`` for any runtime:
             ``Attention`` from opset 23 on, ``MatMul`` and ``Softmax`` below.
         example_inputs: several ``(args, kwargs)`` in the place of ``args`` and ``kwargs``: one graph is written for
-            each, its name that of ``path`` with the shape of the first input (of all of them, where that is needed to
-            tell two apart); all share one weight file.
+            each, its name that of ``path`` with the shape of the first input (of all of them, and the grid, where that
+            is needed to tell two apart); all share one weight file.
         verify: run each file on the CPU and compare it with torch.
 
     Raises:
@@ -242,16 +242,21 @@ def _operators(model: Any) -> dict[str, int]:
 
 
 def _file_names(target: Path, traced: Sequence[Traced]) -> list[str]:
-    """A name for each graph: the shape of the first input, and of all of them where that is not enough."""
-    shapes = [
-        ["x".join(map(str, port.shape)) for port in graph.interface.inputs if port.key not in TIMESTEP_INPUTS]
-        for graph in traced
-    ]
-    for taken in (slice(1), slice(None)):
-        names = [f"{target.stem}-{'-'.join(each[taken])}{target.suffix}" for each in shapes]
-        if len(set(names)) == len(names):
-            return names
-    raise InputError(f"example_inputs has two of one size among {names}; the shapes of the inputs tell graphs apart")
+    """A name for each graph: the shape of the first input, of all of them, and the grid, as far as is needed."""
+    faces = [graph.interface for graph in traced]
+    if len({face.key for face in faces}) == len(faces):
+        shapes = [["x".join(map(str, port.shape)) for port in face.telling] for face in faces]
+        grids = [text_of(as_grids(face.grid)) if face.grid else "" for face in faces]
+        for told in (
+            [each[:1] for each in shapes], shapes, [[*each, grid] for each, grid in zip(shapes, grids, strict=True)]
+        ):  # fmt: skip
+            names = [f"{target.stem}-{'-'.join(each)}{target.suffix}" for each in told]
+            if len(set(names)) == len(names):
+                return names
+    raise InputError(
+        f"example_inputs has two of one size among {[face.inputs[0].shape for face in faces]}; shapes, grids and "
+        "constants of the inputs tell graphs apart"
+    )
 
 
 def _check_path(path: str | Path, suffix: str) -> Path:

@@ -22,9 +22,10 @@ from bigain_fx.export.interface import Interface, Port
 from bigain_fx.export.package import Package
 from bigain_fx.export.ports import dotted, leaves
 from bigain_fx.export.session import Provider, Session, SharedWeights
+from bigain_fx.families import GridReader, built_in
 from bigain_fx.passes import checks
 from bigain_fx.passes.errors import ExportError, InputError
-from bigain_fx.passes.kv import TIMESTEP_INPUTS
+from bigain_fx.passes.pairs import pair
 
 _log = logging.getLogger("bigain_fx")
 File = str | os.PathLike[str]
@@ -41,19 +42,11 @@ class _Graph:
     def size(self) -> tuple[int, ...]:
         return self.interface.inputs[0].shape
 
-    @property
-    def sizes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes by which a call chooses its graph: of all inputs but the timestep, which may be a number."""
-        return tuple(port.shape for port in self._ports)
-
-    @property
-    def _ports(self) -> list[Port]:
-        return [port for port in self.interface.inputs if port.key not in TIMESTEP_INPUTS]
-
     def takes(self, given: Mapping[str, Any]) -> bool:
-        """Whether the tensors among ``given``, by dotted path, have the shapes of this graph."""
-        shapes = {key: tuple(value.shape) for key, value in given.items() if isinstance(value, Tensor)}
-        return all(shapes.get(port.key, port.shape) == port.shape for port in self._ports)
+        """Whether the arguments ``given``, by dotted path, have the shapes and constants of this graph."""
+        shapes = {key: tuple(pair(value).shape) for key, value in given.items() if isinstance(value, Tensor)}
+        fits = all(shapes.get(port.key) == port.shape for port in self.interface.telling)
+        return fits and self.interface.has_constants(given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Graph:
         return self
@@ -82,7 +75,7 @@ class DeployedDenoiser(nn.Module):
         self.interface, self.device = graphs[0].interface, device
         self.config = FrozenDict(self.interface.config)
         self._graphs, self._opened = tuple(graphs), opened
-        self._warned = False
+        self._warned, self._warned_of_grid, self._read_grid = False, False, GridReader()
         self.placeholder = nn.Parameter(torch.empty(0, dtype=self.dtype, device=device), requires_grad=False)
         self.training = False
 
@@ -111,7 +104,8 @@ class DeployedDenoiser(nn.Module):
             The original's output, by field and by index; with ``return_dict=False`` a tuple.
 
         Raises:
-            InputError: arguments that the graph does not take, see :meth:`Interface.bind`, or that require gradients.
+            InputError: arguments that the graph does not take, see :meth:`Interface.bind`, that tell of another grid
+                than the one that is built in, or that require gradients.
         """
         arguments = self.interface.arguments(args, kwargs)
         graph = self._choose(arguments)
@@ -127,18 +121,32 @@ class DeployedDenoiser(nn.Module):
 
     def _choose(self, arguments: Mapping[str, Any]) -> _Graph:
         given = {dotted(path): value for path, value in leaves(arguments)}
-        if found := [graph for graph in self._graphs if graph.takes(given)]:
-            return found[0]
-        if len(self._graphs) == 1:
-            return self._graphs[0]  # which says what is wrong
         first = self.interface.inputs[0]
         size = tuple(getattr(given.get(first.key), "shape", first.shape))
-        if near := [graph for graph in self._graphs if graph.size == size]:
-            return near[0]
+        found = [graph for graph in self._graphs if graph.takes(given)]
+        # Another one says what is wrong.
+        near = [graph for graph in self._graphs if len(self._graphs) == 1 or graph.size == size]
+        if graphs := found or near[:1]:
+            return self._of_grid(graphs, arguments)
         sizes = " or ".join(map(str, sorted({graph.size for graph in self._graphs})))
         raise InputError(
             f"{first.key} has shape {size}, there are graphs for {sizes}; export that size too with example_inputs="
         )
+
+    def _of_grid(self, graphs: Sequence[_Graph], arguments: Mapping[str, Any]) -> _Graph:
+        """The one of ``graphs`` for the grid of the inputs: plans are built in, and shapes need not tell them apart."""
+        grids = list(dict.fromkeys(graph.interface.built_in_grid for graph in graphs))
+        known = [grid for grid in grids if grid is not None]
+        if len(known) < len(grids):
+            return graphs[0]
+        read = self._read_grid(arguments)
+        grid = built_in(known, read)
+        graph = next(graph for graph in graphs if graph.interface.grid == grid)
+        if read.reason and not self._warned_of_grid:
+            self._warned_of_grid = True
+            reason = read.reason.removesuffix("; pass grid=")
+            _log.warning("%s: its grid is taken to be %s: %s", self.interface.model, grid, reason)
+        return graph
 
     def train(self, mode: bool = True) -> DeployedDenoiser:
         """Stay in eval mode.
@@ -217,9 +225,9 @@ class OrtDenoiser(DeployedDenoiser):
     """A denoiser of ONNX files, run by ONNX Runtime.
 
     Args:
-        path: a file of ``export_onnx``, or several of one model at different sizes. The inputs' shapes choose among
-            them. On the CPU, several hold their weights in memory once, which takes ONNX Runtime's repacking of
-            weights, and so some of its speed, away; with ``session_options`` each packs a copy of its own.
+        path: a file of ``export_onnx``, or several of one model at different sizes. The inputs' shapes, constants and
+            grids choose among them. On the CPU, several hold their weights in memory once, which takes ONNX Runtime's
+            repacking of weights, and so some of its speed, away; with ``session_options`` each packs a copy of its own.
         providers: execution providers in order of preference, each a name or ``(name, options)``; by default CUDA where
             torch and ONNX Runtime both have it, then the CPU.
         session_options: an ``onnxruntime.SessionOptions``, for threads and the like.
@@ -241,7 +249,7 @@ class OrtDenoiser(DeployedDenoiser):
         for session, graph in zip(sessions, graphs, strict=True):
             if _identity(graph.interface) != _identity(graphs[0].interface):
                 raise ExportError(f"{session.path} is of another model, method or weights than {sessions[0].path}")
-        if len({graph.sizes for graph in graphs}) < len(graphs):
+        if len({graph.interface.key for graph in graphs}) < len(graphs):
             raise InputError(
                 f"path={list(map(str, paths))} has two graphs for one size of {sorted(g.size for g in graphs)}"
             )
@@ -255,7 +263,8 @@ class PackagedDenoiser(DeployedDenoiser):
     def __init__(self, path: File) -> None:
         package = Package(path)
         graphs = [_Graph(graph.interface, graph.run) for graph in package.graphs]
-        if len({_identity(graph.interface) for graph in graphs}) > 1 or len({g.sizes for g in graphs}) < len(graphs):
+        keys = {graph.interface.key for graph in graphs}
+        if len({_identity(graph.interface) for graph in graphs}) > 1 or len(keys) < len(graphs):
             raise ExportError(f"{package.path} is damaged: its graphs are not of one model, each of a size of its own")
         super().__init__(graphs, package.device, (os.path.abspath(path),))
 
@@ -288,7 +297,7 @@ def _identity(interface: Interface) -> str:
     def ports(side: Sequence[Port]) -> list[tuple[Any, ...]]:
         return [(port.path, port.dtype) for port in side]
 
-    same = (interface.model, interface.method, interface.parameters, dict(interface.config), dict(interface.constants))
+    same = (interface.model, interface.method, interface.parameters, dict(interface.config))
     return repr((*same, interface.versions.get("weights"), ports(interface.inputs), ports(interface.outputs)))
 
 

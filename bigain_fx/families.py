@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bigain_fx.passes.checks import told
-from bigain_fx.passes.errors import GridError, MethodError, first_line
-from bigain_fx.passes.images import Grid, Hint, as_grids, as_hint
+from bigain_fx.passes.errors import GridError, InputError, MethodError, first_line
+from bigain_fx.passes.images import Grid, Grids, Hint, as_grids, as_hint, tokens_on
 from bigain_fx.passes.methods import KVDownsample, LinearAlpha, Method, Methods
 
 GridHint = Hint | Sequence[Grid] | Callable[[Mapping[str, Any]], Hint | Sequence[Grid] | None] | None
@@ -224,16 +224,45 @@ def grid_for(hint: GridHint, arguments: Mapping[str, Any], read: Reading) -> Rea
         raise GridError(
             f"grid={given!r}: the tokens are those of num_frames={frames}; a grid is one image, not a video"
         )
+    if against := _against(grids, read):
+        ask = "" if read.grid else "; give the grid of each"
+        raise GridError(f"grid={given!r} contradicts the inputs, {against}{ask}")
+    return Reading(as_hint(grids))
+
+
+def _against(grids: Grids, read: Reading) -> str:
+    """What ``read`` tells against ``grids``, if anything."""
     if read.grid not in (None, as_hint(grids)):
-        raise GridError(f"grid={given!r} contradicts the inputs, whose grid is {read.grid}")
+        return f"whose grid is {read.grid}"
     starts = (0, *accumulate(rows * columns for rows, columns in grids[:-1]))
     if len(read.starts) > 1 and read.starts != starts:
-        shown = f"{list(read.starts[:4])}{' and so on' if len(read.starts) > 4 else ''}"
-        raise GridError(
-            f"grid={given!r} contradicts the inputs, whose images or frames begin at the tokens {shown}; give the grid "
-            "of each"
-        )
-    return Reading(as_hint(grids))
+        more = " and so on" if len(read.starts) > 4 else ""
+        return f"whose images or frames begin at the tokens {list(read.starts[:4])}{more}"
+    return ""
+
+
+def built_in(grids: Sequence[Hint], read: Reading) -> Hint:
+    """Return the one of ``grids``, of fixed graphs of equal shapes, that the inputs tell.
+
+    Raises:
+        InputError: they split the tokens into other images or rows, or do not tell which of several it is.
+    """
+    against = {grid: _against(as_grids(grid), read) if _is_of_all(as_grids(grid), read) else "" for grid in grids}
+    fitting = [grid for grid, contradiction in against.items() if not contradiction]
+    if len(fitting) == 1:
+        return fitting[0]
+    made = " or ".join(map(str, grids))
+    if fitting:
+        raise InputError(f"there are graphs for the grids {made}, and these inputs do not tell which: {read.reason}")
+    raise InputError(
+        f"the graph is made for the grid {made}, not for these inputs, {against[grids[0]]}; export that grid too"
+    )
+
+
+def _is_of_all(grids: Grids, read: Reading) -> bool:
+    """Whether ``grids`` are of all tokens that were read: a graph may have found that of a part, such as a frame."""
+    tokens = tokens_on(grids)
+    return tokens_on(as_grids(read.grid)) == tokens if read.grid else read.starts[-1:] < (tokens,)
 
 
 def _ask(hint: Callable[[Mapping[str, Any]], Any], arguments: Mapping[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import inspect
 import json
 import keyword
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from bigain_fx.export.ports import Path, Port, dotted, leaves, nested
 from bigain_fx.passes.errors import ExportError, InputError
 from bigain_fx.passes.images import Hint, as_grids, as_hint, text_of
+from bigain_fx.passes.kv import TIMESTEP_INPUTS
 
 __all__ = ["Interface", "Port", "describe"]
 
@@ -51,6 +52,30 @@ class Interface:
     method: str
     grid: Hint | None
     versions: Mapping[str, str]
+
+    @property
+    def telling(self) -> tuple[Port, ...]:
+        """The inputs whose shapes tell graphs apart: all but the timestep, which may be a number."""
+        return tuple(port for port in self.inputs if port.key not in TIMESTEP_INPUTS)
+
+    @property
+    def built_in_grid(self) -> Hint | None:
+        """The grid that calls must have; None where any will do."""
+        return None if self.method == "dense" else self.grid
+
+    @property
+    def key(self) -> Hashable:
+        """What a call chooses among graphs of one model by: shapes, constants and the grid."""
+        return tuple(port.shape for port in self.telling), repr(sorted(self.constants.items())), self.built_in_grid
+
+    def has_constants(self, given: Mapping[str, Any]) -> bool:
+        """Whether what is no input among ``given``, by dotted path, is what is built in."""
+        ports = {port.key for port in self.inputs} | {"return_dict"}
+        try:
+            self._check_constants({key: value for key, value in given.items() if key not in ports})
+        except InputError:
+            return False
+        return True
 
     def to_metadata(self) -> dict[str, str]:
         """Every part as a string: the versions, ``method`` and ``grid`` plain, ``config`` and ``interface`` as JSON."""
@@ -212,7 +237,7 @@ def describe(
     Args:
         model: the denoiser; its ``config`` is recorded where it has one.
         signature: of its ``forward``.
-        arguments: canonical keyword arguments, as ``bigain_fx.capture.CallBinder.bind`` returns them.
+        arguments: canonical keyword arguments, as ``bigain_fx.calls.CallBinder.bind`` returns them.
         out_spec, outputs: the pytree of the output, and its flat tensors, real or fake.
         method, grid, versions: as in :class:`Interface`.
 

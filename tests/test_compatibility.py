@@ -10,12 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import (
+    DiTTransformer2DModel,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    StableDiffusionPAGPipeline,
+)
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 import bigain_fx as bgx
+from tests import pipes
 from tests.pipes import BY_NAME, Pipe, built, optimized, run
 from tests.quantizers import QUANTIZERS
 from tests.test_more_pipelines import Graphs, check_closer, check_images, check_rewritten
@@ -329,6 +335,91 @@ def test_lora_steps_are_counted(graphs: Graphs) -> None:
     torch.testing.assert_close(previous, original, atol=1e-4, rtol=0)
 
 
+def test_switching_between_loras_captures_each_once(graphs: Graphs) -> None:
+    case = BY_NAME["sd"]
+    dense, pipe = built(case), optimized(case, built(case), ())
+    for each in (dense, pipe):
+        for name, seed in {"a": 1, "b": 2}.items():
+            each.load_lora_weights(lora(seed), adapter_name=name)
+    images = []
+    for name, new in (("a", 1), ("b", 1), ("a", 0), ("b", 0), ("a", 0)):
+        for each in (dense, pipe):
+            each.set_adapters(name)
+        images.append(run(case, pipe))
+        torch.testing.assert_close(images[-1], run(case, dense), atol=1e-4, rtol=0)
+        assert graphs.new() == new, name
+    assert torch.equal(images[0], images[2])
+    assert not torch.allclose(images[0], images[1], atol=1e-3)
+
+
+def test_the_scale_of_an_adapter_is_an_input_from_its_second_value_on(graphs: Graphs) -> None:
+    case, weights = BY_NAME["sd"], lora(1)
+    dense, pipe = built(case), optimized(case, built(case), ())
+    for each in (dense, pipe):
+        loaded(weights)(each)
+    for scale, new in {1.0: 1, 0.5: 1, 0.25: 0, 0.0: 0, 0.75: 0}.items():
+        for each in (dense, pipe):
+            each.set_adapters("x", scale)
+        torch.testing.assert_close(run(case, pipe), run(case, dense), atol=1e-4, rtol=0)
+        assert graphs.new() == new, scale
+
+
+def test_perturbed_attention_guidance_on_and_off(graphs: Graphs) -> None:
+    """The pipeline sets processors before its steps, and puts the others back after them."""
+    case = BY_NAME["sd"]
+
+    def perturbed(pipe: Any) -> Any:
+        made = StableDiffusionPAGPipeline(**pipe.components, pag_applied_layers="mid", requires_safety_checker=False)
+        return pipes.quiet(made)
+
+    dense, pipe = perturbed(built(case)), perturbed(optimized(case, built(case), ()))
+    images = []
+    for scale, new in ((0.0, 1), (3.0, 1), (0.0, 0), (3.0, 0), (2.0, 0)):
+        images.append(run(case, pipe, pag_scale=scale))
+        torch.testing.assert_close(images[-1], run(case, dense, pag_scale=scale), atol=1e-4, rtol=0)
+        assert graphs.new() == new, scale
+    assert torch.equal(images[1], images[3])
+    assert not torch.allclose(images[0], images[1], atol=1e-3)
+
+
+def ip_adapter(pipe: Any) -> None:
+    """A random one, of one image token for each of 16 features, as ``load_ip_adapter`` reads it from a file."""
+    generator = torch.Generator().manual_seed(1)
+    crossed = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    weights: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for index, name in enumerate(crossed):
+        width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
+        for part in ("to_k_ip", "to_v_ip"):
+            weights["ip_adapter"][f"{2 * index + 1}.{part}.weight"] = torch.randn(width, 16, generator=generator)
+    weights["image_proj"] = {
+        "proj.weight": torch.randn(64, 16, generator=generator), "proj.bias": torch.zeros(64),
+        "norm.weight": torch.ones(16), "norm.bias": torch.zeros(16),
+    }  # fmt: skip
+    pipe.unet._load_ip_adapter_weights([weights])
+
+
+def test_each_scale_of_an_ip_adapter_is_a_graph(graphs: Graphs) -> None:
+    """diffusers asks whether it is 0, which no graph can."""
+    case, image = BY_NAME["sd"], pipes.normal(2, 1, 16, seed=3)
+    dense, pipe = built(case), optimized(case, built(case), ())
+    run(case, pipe)
+    graphs.new()
+    for each in (dense, pipe):
+        ip_adapter(each)
+    images = []
+    for scale, new in ((1.0, 1), (0.5, 1), (0.25, 1), (0.0, 1), (1.0, 0), (0.5, 0), (0.0, 0)):
+        for each in (dense, pipe):
+            each.set_ip_adapter_scale(scale)
+        images.append(run(case, pipe, ip_adapter_image_embeds=[image]))
+        expected = run(case, dense, ip_adapter_image_embeds=[image])
+        torch.testing.assert_close(images[-1], expected, atol=1e-4, rtol=0)
+        assert graphs.new() == new, scale
+    assert not torch.allclose(images[0], images[1], atol=1e-3)
+    said = [record.getMessage() for record in graphs.caplog.records if "is a graph of its own" in record.getMessage()]
+    assert len(said) == 1
+    assert "processor.scale.0" in said[0]
+
+
 def attentions_of(pipe: Any) -> list[tuple[nn.ModuleList, int]]:
     blocks = [pipe.unet.down_blocks[0].attentions, pipe.unet.up_blocks[1].attentions]
     return [(held, index) for held in blocks for index in range(len(held))]
@@ -420,9 +511,22 @@ def test_blocks_one_by_one_are_the_whole() -> None:
         )  # fmt: skip
 
 
+def tests_in(file: str) -> set[str]:
+    return set(re.findall(r"^def (test_\w+)\(", (Path(__file__).parent / file).read_text(), re.MULTILINE))
+
+
 def test_the_table_and_the_tests_name_one_another() -> None:
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "compatibility.md").read_text()))
-    here = {name for name in globals() if name.startswith("test_") and "table" not in name}
-    elsewhere = (Path(__file__).parent / "test_more_pipelines.py").read_text()
-    assert here <= named
-    assert all(f"def {name}(" in elsewhere for name in named - here)
+    """A test without a file is one of these two files; every one of this file has its row."""
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    here, beside = tests_in("test_compatibility.py"), tests_in("test_more_pipelines.py")
+    named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", page)
+    assert not [(file, name) for file, name in named if name not in (tests_in(file) if file else here | beside)]
+    assert all("table" in name for name in here - {name for _, name in named})
+
+
+def test_every_row_of_the_table_names_its_test_or_says_why_not() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)]
+    rows = [row for header, _, *rows in tables if header.endswith("| test |") for row in rows]
+    assert len(rows) > 50
+    assert not [row for row in rows if "`test_" not in row and "not run" not in row and "no test" not in row]

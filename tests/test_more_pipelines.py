@@ -185,7 +185,7 @@ def test_autocast(name: str, graphs: Graphs) -> None:
     "when",
     ["after optimize", *(pytest.param(when, marks=pytest.mark.slow) for when in ("before optimize", "after a call"))],
 )
-def test_channels_last(when: str) -> None:
+def test_channels_last(when: str, graphs: Graphs) -> None:
     case = BY_NAME["sd"]
     expected = run(case, optimized(case, built(case), METHOD))
     pipe = built(case)
@@ -194,18 +194,24 @@ def test_channels_last(when: str) -> None:
     optimized(case, pipe, METHOD)
     if when == "after a call":
         run(case, pipe)
+    graphs.new()
     pipe.unet.to(memory_format=torch.channels_last)
     assert pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(run(case, pipe), expected, atol=1e-4, rtol=0)
+    assert graphs.new() == (when != "after a call")
 
 
-def test_inputs_of_another_layout_are_the_same_inputs(graphs: Graphs) -> None:
+def test_inputs_of_another_layout_are_a_graph_of_their_own(graphs: Graphs) -> None:
     case = BY_NAME["sd"]
     pipe, latents = optimized(case, built(case), METHOD), pipes.normal(1, 4, *SMALL)
     expected = run(case, pipe, latents=latents)
-    found = run(case, pipe, latents=latents.to(memory_format=torch.channels_last))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert graphs.new() == 1
+    for new in (1, 0):
+        found = run(case, pipe, latents=latents.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert graphs.new() == new
+    assert torch.equal(run(case, pipe, latents=latents), expected)
+    assert graphs.new() == 0
 
 
 @pytest.mark.parametrize("name", ["sd", "flux"])
@@ -273,11 +279,22 @@ def test_several_controlnets(graphs: Graphs) -> None:
 
 
 def test_a_controlnet_that_stops_halfway_is_one_graph_more(graphs: Graphs) -> None:
-    """Its scale is a number, so a constant of the graph: 1 while it is on, 0 after."""
+    """Its scale is 1 while it is on, 0 after."""
     case, options = BY_NAME["controlnet"], {"control_guidance_end": 0.5, "steps": 4}
     pipe = optimized(case, built(case), ())
     torch.testing.assert_close(run(case, pipe, **options), run(case, built(case), **options), atol=1e-4, rtol=0)
     assert graphs.new() == 3
+    run(case, pipe, **options | {"control_guidance_end": 0.25})
+    assert graphs.new() == 0
+
+
+def test_the_scale_of_a_controlnet_is_an_input_from_its_second_value_on(graphs: Graphs) -> None:
+    case = BY_NAME["controlnet"]
+    dense, pipe = built(case), optimized(case, built(case), ())
+    for scale, new in {0.5: 2, 0.25: 1, 1.0: 0, 0.75: 0, 0.0: 0, 2.0: 0}.items():
+        options = {"controlnet_conditioning_scale": scale}
+        torch.testing.assert_close(run(case, pipe, **options), run(case, dense, **options), atol=1e-4, rtol=0)
+        assert graphs.new() == new, scale
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from bigain_fx import optimize
-from bigain_fx.bench import BenchError, figure, goals, parts, result, speed, split, suite
+from bigain_fx.bench import BenchError, cuda_graphs, figure, goals, parts, result, speed, split, suite
 from bigain_fx.bench import run as bench
 from bigain_fx.bench.suite import Run
 from bigain_fx.models import load
@@ -185,6 +185,8 @@ def test_the_gpu_script_runs_the_suite_with_what_it_carries(tmp_path: Path) -> N
         env={"PATH": os.environ["PATH"], "PYTHON": str(python), "OUT": "elsewhere"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    path, _, called = done.stdout.splitlines()[-2].partition("| ")
+    assert called == "-m bigain_fx.bench.cuda_graphs"
     path, _, called = done.stdout.splitlines()[-1].partition("| ")
     assert path.split(":")[0] == str(ROOT)
     assert called == "-m bigain_fx.bench.suite quick --jobs 6 --limit 240 --out elsewhere --limit 5"
@@ -207,6 +209,19 @@ def test_the_gpu_script_installs_what_its_machine_lacks(tmp_path: Path) -> None:
     (installed,) = (line for line in done.stdout.splitlines() if line.startswith("-m pip install"))
     wheels = [Path(word).name for word in installed.split() if word.endswith(".whl")]
     assert wheels == ["not_there-1.0-py3-none-any.whl"]
+
+
+def test_an_output_that_the_next_call_overwrites_is_found() -> None:
+    memory, inputs = torch.zeros(3), [torch.ones(3), -torch.ones(3)]
+    cuda_graphs.check_outputs(lambda each: memory.copy_(each * 2).clone(), lambda each: each * 2, inputs)
+    with pytest.raises(BenchError, match=r"output 0 is 6\.93e\+00 from eager's after 2 calls"):
+        cuda_graphs.check_outputs(lambda each: memory.copy_(each * 2), lambda each: each * 2, inputs)
+
+
+@pytest.mark.slow
+def test_outputs_outlive_the_next_call_here(capsys: pytest.CaptureFixture[str]) -> None:
+    cuda_graphs.main()
+    assert capsys.readouterr().out.startswith("outputs of mode='reduce-overhead' outlive the next call on c")
 
 
 # ------------------------------------------------------------------------------------- table and figure

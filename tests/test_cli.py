@@ -156,7 +156,7 @@ def test_a_class_conditional_pipeline_is_asked_for_the_classes_of_the_data(
         (["inspect", "sd9"], "error: model='sd9' is neither a folder"),
         (["inspect", "sd2", "--methods", "bigain:0.7"], "'bigain:0.7' is not a method"),
         (["inspect", "sd2", "--methods", "tome:2"], "error: ratio=2.0 must be between 0 and 0.75"),
-        (["bench", "sd2", "--device", "tpu"], "error: device='tpu' must be cpu or cuda"),
+        (["bench", "sd2", "--device", "tpu"], "error: device='tpu' must be 'cpu' or 'cuda'"),
         (["export"], "MODEL is missing; name one, or a file with"),
         (
             ["export", "mnist-dit", "--format", "pt2", "--opset", "23"],

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from bigain_fx import command_line
 from bigain_fx.bench import figure, result
-from bigain_fx.compilers import check_compiler
+from bigain_fx.compilers import check_works
 from bigain_fx.models import check_device
 from bigain_fx.passes import checks
 from bigain_fx.passes.ops import window_sides
@@ -107,7 +107,7 @@ def main(
 ) -> None:
     """Time the plan at every size, and write the table and the figure."""
     check_device(device)
-    check_compiler(backend)
+    check_works(backend)
     checks.integer("rounds", rounds, least=1, most=checks.MANY)
     checks.integer("sizes", sizes, least=1, most=len(SIDES))
     result.prepare(out)

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigain_fx import optimize
 from bigain_fx.bench import BenchError
 from bigain_fx.calls import CallBinder, flat_tensors
+from bigain_fx.passes import checks
 from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.ops import DECIDING, score
 from bigain_fx.stopwatch import synchronizer
@@ -134,8 +135,7 @@ def split(workload: Workload, methods: Methods, rounds: int = 5, *, backend: str
         BenchError: no rounds.
         BigainError: whatever :func:`bigain_fx.optimize` raises.
     """
-    if rounds < 1:
-        raise BenchError(f"rounds={rounds!r} must be at least 1")
+    checks.integer("rounds", rounds, least=1, most=checks.MANY, error=BenchError)
     wait = synchronizer(next(workload.model.parameters()).device)
     fast = optimize(workload.model, workload.args, workload.kwargs, method=methods, backend="eager")
     graph = fast.prepare(*workload.args, **workload.kwargs).graph

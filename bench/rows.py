@@ -101,6 +101,10 @@ def builders(workload: Workload, asked: Asked, folder: Path) -> Iterator[tuple[s
         fast = optimize(workload.model, workload.args, workload.kwargs, method=given, backend=backend, mode=mode)
         return Built.of(partial(fast, *workload.args, **workload.kwargs), _kind(backend), fast.report)
 
+    def plain() -> Callable[..., Any]:
+        compiled: Callable[..., Any] = torch.compile(workload.model, dynamic=False, backend=backend, mode=mode)
+        return compiled
+
     def exported(given: Methods) -> Built:
         call, report = onnx_rows.build(workload, given, folder)
         return Built.of(call, "onnx", report)
@@ -113,8 +117,7 @@ def builders(workload: Workload, asked: Asked, folder: Path) -> Iterator[tuple[s
     patched: dict[float, tomesd_rows.Patched] = {}
     yield EAGER, lambda: Built(eager, "eager")
     if backend != "eager":
-        plain = torch.compile(workload.model, dynamic=False, backend=backend, mode=mode)
-        yield PLAIN, lambda: Built(partial(plain, *workload.args, **workload.kwargs), "compiled")
+        yield PLAIN, lambda: Built(partial(plain(), *workload.args, **workload.kwargs), "compiled")
     yield DENSE, partial(optimized, (), backend)
     for name, given in asked.methods.items():
         if given:

@@ -21,6 +21,7 @@ from bigain_fx.bench import BenchError, result, rows, timing
 from bigain_fx.bench.result import BenchResult, Row
 from bigain_fx.bench.rows import AS_EAGER, DENSE, EAGER, ONNX, PLAIN, TOMESD, Asked, Built, Ready
 from bigain_fx.calls import CallBinder
+from bigain_fx.passes import checks
 from bigain_fx.passes.methods import Methods
 from bigain_fx.stopwatch import synchronizer
 
@@ -125,10 +126,8 @@ def run(
 
 
 def _check_arguments(workload: Workload, asked: Asked, rounds: int, warmup: int) -> None:
-    if rounds < 1:
-        raise BenchError(f"rounds={rounds!r} must be at least 1")
-    if warmup < 0:
-        raise BenchError(f"warmup={warmup!r} must be 0 or more")
+    checks.integer("rounds", rounds, least=1, most=checks.MANY, error=BenchError)
+    checks.integer("warmup", warmup, least=0, most=checks.MANY, error=BenchError)
     for name, given in asked.methods.items():
         taken = name in (DENSE, PLAIN) or name.startswith(("bound:", ONNX, TOMESD)) or name.endswith(AS_EAGER)
         if given and taken:

@@ -167,8 +167,7 @@ def run(
     Raises:
         BenchError: ``jobs`` is not positive.
     """
-    if jobs < 1:
-        raise BenchError(f"jobs={jobs!r} must be at least 1")
+    checks.integer("jobs", jobs, least=1, most=1024, error=BenchError)
     failed, started = [], clock()
     todo = [each for each in runs if not each.is_done(folder)]
     for each in runs:

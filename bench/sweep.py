@@ -21,7 +21,7 @@ from rich.console import Console
 
 from bigain_fx import command_line, optimize
 from bigain_fx.bench import figure, result, timing
-from bigain_fx.compilers import check_compiler
+from bigain_fx.compilers import check_works
 from bigain_fx.models import check_device
 from bigain_fx.passes import checks
 from bigain_fx.passes.grammar import parse
@@ -102,7 +102,7 @@ def run(
 ) -> None:
     """Measure every shape that is not there yet, and write the table."""
     check_device(device)
-    check_compiler(backend)
+    check_works(backend)
     checks.integer("rounds", rounds, least=1, most=checks.MANY)
     checks.integer("shapes", shapes, least=1, most=len(SHAPES))
     result.prepare(out)

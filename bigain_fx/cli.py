@@ -190,12 +190,17 @@ def bench(
 
     from bigain_fx.bench import tomesd_rows
     from bigain_fx.bench.run import run
+    from bigain_fx.compilers import check_works
     from bigain_fx.models import check_device, load
+    from bigain_fx.passes.errors import InputError
     from bigain_fx.passes.grammar import parse_list
 
     parsed, exported = parse_list(methods), parse_list(onnx) if onnx else {}
     eagerly, ratios = parse_list(eager) if eager else {}, tomesd_rows.parse(tomesd)
     check_device(device)
+    check_works(backend, mode)
+    if name is not None and (Path(name).name != name or name in ("", "..") or "\0" in name):
+        raise InputError(f"name={name!r} must be the name of a file, without folders")
     workload = load(model, size=size, batch=batch, device=device, dtype=getattr(torch, dtype), layers=layers)
     result = run(
         workload, parsed, eager=eagerly, tomesd=ratios, onnx=exported, rounds=rounds, warmup=warmup, backend=backend,

@@ -38,6 +38,22 @@ def check_compiler(backend: Any, mode: Any = None, options: Any = None) -> None:
             raise InputError(f"{checks.told(name, value)}: {checks.told('backend', backend)} has none; leave it out")
 
 
+def check_works(backend: str, mode: str | None = None) -> None:
+    """Refuse a backend that cannot compile here: what it needs may not be installed.
+
+    Raises:
+        InputError: it cannot, or :func:`check_compiler` refuses it. Inductor is taken at its word: it takes a while.
+    """
+    check_compiler(backend, mode)
+    if backend in ("eager", "inductor"):
+        return
+    try:
+        torch.compile(torch.neg, backend=backend, mode=mode, dynamic=False)(torch.ones(1))
+    except Exception as error:
+        reason = first_line(getattr(error, "inner_exception", error))
+        raise InputError(f"backend={backend!r} cannot compile here: {reason}") from error
+
+
 def _check_inductor(name: str, value: Any) -> None:
     known = {option.replace("-", "_") for option in list_options()}
     if name == "options" and (unknown := [key for key in value if key.replace("-", "_") not in known]):

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from bigain_fx import demo_onnx, demo_report, embedded
 from bigain_fx.classify import DiffusionClassifier
-from bigain_fx.compilers import check_compiler
+from bigain_fx.compilers import check_works
 from bigain_fx.demo_report import Variant
 from bigain_fx.denoiser import optimize
 from bigain_fx.deploy import onnx_missing
@@ -175,7 +175,7 @@ def check_backend(backend: str) -> None:
     Raises:
         InputError: ``torch.compile`` does not know it, or inductor has no C++ compiler or no Python headers.
     """
-    check_compiler(backend)
+    check_works(backend)
     if backend == "inductor" and (missing := _missing_for_inductor()):
         raise InputError(f"backend='inductor' needs {missing}, not found here; install it, or run with --backend eager")
 

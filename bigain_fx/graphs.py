@@ -150,7 +150,6 @@ class Graphs:
             self.slots = {
                 (found.number if state == last else state, key): slot for (state, key), slot in self.slots.items()
             }
-        self._state = found.number
         for (state, _), slot in self.slots.items():
             if state == found.number:
                 renew(slot.prepared.graph, found.renewed)
@@ -160,8 +159,9 @@ class Graphs:
             else:
                 log.warning("%s changed, its graphs are captured anew when next called: %s", self._name,
                             some(found.changed))  # fmt: skip
-        held = self._states.numbers
-        self.slots = {key: slot for key, slot in self.slots.items() if key[0] in held}
+        self.slots = {key: slot for key, slot in self.slots.items() if key[0] in found.numbers}
+        self._states.note(found)
+        self._state = found.number
         return found.number
 
     def _made(self, arguments: Mapping[str, Any], grid: Hint | None, more: Iterable[str] = ()) -> Prepared:

@@ -24,9 +24,9 @@ from bigain_fx.quantized import is_layer
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, enum.Enum)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # A hook of accelerate or diffusers that does anything is also an attribute called forward.
-_SKIPPED = frozenset(vars(nn.Module())) - {"training", *_REGISTRIES, *_HOOKS} | {"_hf_hook", "_diffusers_hook"}
+_SKIPPED = frozenset(vars(nn.Module())) - {"training", *_REGISTRIES, *HOOKS} | {"_hf_hook", "_diffusers_hook"}
 _END = object()
 
 Container = dict[Any, Any] | list[Any] | set[Any]

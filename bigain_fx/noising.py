@@ -31,7 +31,7 @@ class Noising:
     """
 
     def __init__(self, scheduler: Any, units: Units) -> None:
-        config = getattr(scheduler, "config", None)
+        config: Any = getattr(scheduler, "config", None)
         if not hasattr(config, "num_train_timesteps"):
             raise InputError(f"{checks.told('scheduler', scheduler)} must be the diffusers scheduler of the model")
         self.steps: int = config.num_train_timesteps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 
@@ -22,6 +22,7 @@ class Look:
         changed: the paths of what changed since the last look.
         known: whether the model was in this state before.
         renewed: buffers that gave way to others of their kind since the model was in this state, as ``(old, new)``.
+        kept: all states that the model may come back to, by their facts.
     """
 
     number: int
@@ -29,6 +30,12 @@ class Look:
     changed: list[str]
     known: bool
     renewed: list[tuple[Tensor, Tensor]]
+    kept: Mapping[Hashable, tuple[int, ModelState]]
+
+    @property
+    def numbers(self) -> set[int]:
+        """Of the states in ``kept``."""
+        return {number for number, _ in self.kept.values()}
 
 
 class States:
@@ -48,17 +55,12 @@ class States:
 
     def __init__(self, model: nn.Module, tensor: Callable[[float], Tensor]) -> None:
         self._model, self._tensor = model, tensor
-        self._known: dict[Hashable, tuple[int, ModelState]] = {}
+        self._known: Mapping[Hashable, tuple[int, ModelState]] = {}
         self._numbers = count()
         self._now: tuple[int, ModelState, Watch] | None = None
         self.inputs: set[str] = set()
         self.tensors: dict[str, Tensor] = {}
         self.kept: dict[str, str] = {}
-
-    @property
-    def numbers(self) -> set[int]:
-        """The states that are not forgotten."""
-        return {number for number, _ in self._known.values()}
 
     def same_kinds(self) -> bool:
         """Return whether tensors have the dtypes, devices and shapes that they had at the last look."""
@@ -81,25 +83,30 @@ class States:
         return now[0]
 
     def look(self) -> Look:
-        """Return the state that the model is in."""
+        """Return the state that the model is in; it counts as seen once :meth:`note` was told."""
         if (now := self._now) is not None and now[1].same_objects():
             number, state, watch = now
             if watch.moved():
                 self._now = number, state, watch.again()
-            return Look(number, state, [], True, [])
+            return Look(number, state, [], True, [], self._known)
         state = ModelState(self._model)
         key = frozenset((path, fact) for path, fact in state.facts.items() if path not in self.inputs)
         known = key in self._known
         number, before = self._known[key] if known else (next(self._numbers), state)
         weights = state.weights
-        self._known = {key: (number, state)} | {
+        kept = {key: (number, state)} | {
             other: (at, then) for other, (at, then) in self._known.items() if other != key and then.weights <= weights
         }
         changed = now[1].differences(state) if now is not None else []
-        self.tensors = {path: self._tensor(state.number(path)) for path in self.inputs if is_float(state, path)}
-        # Noted last: whoever interrupts this finds the change once more.
-        self._now = number, state, Watch(state)
-        return Look(number, state, changed, known, before.renewed(state))
+        return Look(number, state, changed, known, before.renewed(state), kept)
+
+    def note(self, found: Look) -> None:
+        """Take ``found`` for what the model is, once its graphs are: an interrupt before finds the change once more."""
+        if self._now is None or self._now[1] is not found.state:
+            state = found.state
+            watch = Watch(state)
+            self.tensors = {path: self._tensor(state.number(path)) for path in self.inputs if is_float(state, path)}
+            self._known, self._now = found.kept, (found.number, state, watch)
 
     def moving(self) -> set[str]:
         """Return the paths of floats in which alone the state of the last look differs from another one."""

@@ -84,7 +84,7 @@ def _copied(gm: GraphModule) -> torch.fx.Graph:
     graph.output(graph.graph_copy(gm.graph, copies))
     for old, new in copies.items():
         if (source := getattr(old, "_dynamo_source", None)) is not None:
-            new._dynamo_source = source  # type: ignore[attr-defined]
+            new._dynamo_source = source
     return graph
 
 
@@ -98,11 +98,11 @@ def _now(value: Any) -> Any:
     """``value`` without symbols, if Dynamo knows what they stand for at this call."""
     try:
         if type(value) is FakeTensor:
-            layout = [tuple(map(int, numbers)) for numbers in (value.shape, value.stride())]
+            shape, strides = (tuple(map(int, numbers)) for numbers in (value.shape, value.stride()))
             with value.fake_mode:
                 offset = int(value.storage_offset())
-                whole = torch.empty(offset + _extent(*layout), dtype=value.dtype, device=value.device)
-                return whole.as_strided(*layout, offset).requires_grad_(value.requires_grad)
+                whole = torch.empty(offset + _extent(shape, strides), dtype=value.dtype, device=value.device)
+                return whole.as_strided(shape, strides, offset).requires_grad_(value.requires_grad)
         if isinstance(value, torch.SymInt):
             return int(value)
         return float(value) if isinstance(value, torch.SymFloat) else value

@@ -9,47 +9,37 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+import torch.utils.hooks
 from torch._dynamo.convert_frame import compile_lock
 
 
 class Versions:
-    """Tell cheaply whether modules were given other attributes or classes, and dicts other items.
+    """Tell in no time whether something was written into one of many dicts.
 
-    Every write into a dict gives it another version, which Dynamo's guards compare: a few nanoseconds a dict.
-
-    Args:
-        modules: their classes and attributes are watched.
-        dicts: their items are watched.
+    Every write gives a dict another version, which Dynamo's guards compare: ten nanoseconds a dict.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], dicts: Sequence[dict[Any, Any]]) -> None:
+    def __init__(self, dicts: Sequence[dict[Any, Any]]) -> None:
         from torch._C._dynamo.guards import RootGuardManager
         from torch._dynamo.guards import GuardManagerType
 
-        plain = GuardManagerType.GUARD_MANAGER
-        self._held = (tuple(modules), tuple(dicts))
+        self._dicts = tuple(dicts)
         self._root = RootGuardManager()
-        each = self._root.tuple_getitem_manager(0, "modules", self._held[0], plain)
-        for index, module in enumerate(self._held[0]):
-            of_module = each.tuple_getitem_manager(index, "", module, plain)
-            _add(of_module.add_type_match_guard, id(type(module)))
-            _add(of_module.get_generic_dict_manager("", vars(module), plain).add_dict_version_guard, vars(module))
-        each = self._root.tuple_getitem_manager(1, "dicts", self._held[1], plain)
-        for index, items in enumerate(self._held[1]):
-            _add(each.tuple_getitem_manager(index, "", items, plain).add_dict_version_guard, items)
+        for index, items in enumerate(self._dicts):
+            guard: Any = self._root.tuple_getitem_manager(index, "", items, GuardManagerType.GUARD_MANAGER)
+            try:
+                guard.add_dict_version_guard(items, [""], None)
+            except TypeError:  # not every torch wants a user's stack
+                guard.add_dict_version_guard(items, [""])
 
     def same(self) -> bool:
         """Return whether nothing was written since this was made."""
-        return bool(self._root.check(self._held))
+        return bool(self._root.check(self._dicts))
 
 
-def _add(guard: Callable[..., None], value: object) -> None:
-    """Add a leaf guard; some versions of torch take a user's stack behind its text."""
-    try:
-        guard(value, [""], None)
-    except TypeError:
-        guard(value, [""])
+def hooks_registered() -> int:
+    """Return how many hooks of modules and tensors were ever registered in this process."""
+    return torch.utils.hooks.RemovableHandle.next_id
 
 
 @contextmanager

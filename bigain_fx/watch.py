@@ -9,8 +9,8 @@ from typing import Any
 
 from torch._C._dynamo.guards import dict_version
 
-from bigain_fx.model_state import ModelState
-from bigain_fx.torch_internals import Versions
+from bigain_fx.model_state import HOOKS, ModelState
+from bigain_fx.torch_internals import Versions, hooks_registered
 
 _FEW = 16
 
@@ -30,16 +30,15 @@ class Watch:
         self._state, self._compared = state, restless
         containers = [holder.container for holder in state.holders]
         dicts = [container for container in containers if isinstance(container, dict)]
-        attributes = set(map(id, map(vars, state.modules)))
-        calm = [items for items in dicts if id(items) not in restless]
         self._restless = [(items, dict(items)) for items in dicts if id(items) in restless]
-        # Most registries of a model are empty, and any() looks at an empty one in no time.
-        self._empty = [items for items in calm if not items and id(items) not in attributes]
-        self._full = [items for items in calm if items and id(items) not in attributes]
-        modules = [module for module in state.modules if id(vars(module)) not in restless]
-        self._versions = Versions(modules, self._full)
-        self._calm = [*map(vars, modules), *self._full]
-        self._numbers = list(map(dict_version, self._calm))
+        self._calm = [items for items in dicts if items and id(items) not in restless]
+        self._versions, self._numbers = Versions(self._calm), list(map(dict_version, self._calm))
+        # Most registries of a model are empty, and any() passes by an empty one. Those of hooks wait for a hook.
+        hooks = {id(vars(module)[name]) for module in state.modules for name in HOOKS}
+        empty = [items for items in dicts if not items and id(items) not in restless]
+        self._empty = [items for items in empty if id(items) not in hooks]
+        self._no_hooks = [items for items in empty if id(items) in hooks]
+        self._hooks = hooks_registered()
         self._lists: list[Any] = [container for container in containers if not isinstance(container, dict)]
         self._members = gc.get_referents(*self._lists)
 
@@ -48,6 +47,8 @@ class Watch:
         return (
             not self._versions.same()
             or any(self._empty)
+            or list(map(type, self._state.modules)) != self._state.classes
+            or (hooks_registered() != self._hooks and any(self._no_hooks))
             or not _identical(gc.get_referents(*self._lists), self._members)
             or any(
                 not _identical(now, then) or not _identical(now.values(), then.values()) for now, then in self._restless

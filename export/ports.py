@@ -101,7 +101,8 @@ class Port:
             value = value.item()
         if not isinstance(value, Tensor | numbers.Real):
             raise InputError(f"{self.key} is a {type(value).__name__}; give a number or a torch.Tensor")
-        if not isinstance(value, Tensor) and not -checks.INT64 <= value <= checks.INT64 and value == value:
+        limit: Any = checks.INT64
+        if not isinstance(value, Tensor) and (value < -limit or value > limit):
             raise InputError(f"{checks.told(self.key, value)} must be a number that int64 can hold")
         tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
         if tuple(tensor.shape) == self.shape:

@@ -449,7 +449,10 @@ def test_rows_without_compiling() -> None:
         dit_workload(), {}, eager=parse_list("dense,tome:0.5"), rounds=1, warmup=0, backend="aot_eager", progress=False
     )
     rows = {row.name: row for row in report.rows}
-    assert list(rows) == ["dense eager", "dense", "tome:0.5 eager"]
+    assert list(rows) == ["dense eager", "torch.compile", "dense", "tome:0.5 eager"]
+    assert rows["torch.compile"].flops == rows["dense"].flops
+    assert (rows["torch.compile"].relative_l2 or 0) < 1e-5
+    assert rows["torch.compile"].capture_s is None
     eager = rows["tome:0.5 eager"]
     assert (eager.base, eager.bound, eager.compile_s, eager.sites) == ("dense", None, None, 2)
     assert eager.flops < rows["dense"].flops
@@ -565,8 +568,8 @@ def test_tomesd_rows() -> None:
     )
     rows = {row.name: row for row in report.rows}
     assert list(rows) == [
-        "dense eager", "dense", "tome:0.7", "tomesd:0.7 eager", "tomesd:0.7", "tomesd:0.25 eager", "tomesd:0.25",
-        "bound:merge:0.7",
+        "dense eager", "torch.compile", "dense", "tome:0.7", "tomesd:0.7 eager", "tomesd:0.7", "tomesd:0.25 eager",
+        "tomesd:0.25", "bound:merge:0.7",
     ]  # fmt: skip
     peer = rows["tomesd:0.7"]
     assert (peer.flops, peer.sites, peer.base) == (rows["tome:0.7"].flops, 2, "dense")
@@ -638,9 +641,10 @@ def test_tomesd_refuses_what_is_no_ratio(text: str, error: type[Exception], mess
 
 def test_run_compiles_and_says_how_long() -> None:
     report = run(dit_workload(), parse_list("dense"), rounds=1, warmup=0, progress=False)
-    eager, dense = report.rows
-    assert (eager.name, dense.name) == ("dense eager", "dense")
+    eager, plain, dense = report.rows
+    assert (eager.name, plain.name, dense.name) == ("dense eager", "torch.compile", "dense")
     assert eager.compile_s is None
+    assert plain.compile_s is not None
     assert dense.compile_s is not None
     assert dense.compile_s > 0
     assert isinstance(dense.compile_cached, bool)
@@ -692,8 +696,8 @@ def test_run_refuses_a_model_whose_output_is_not_finite(value: float) -> None:
 @pytest.mark.parametrize(
     ("methods", "options", "message"),
     [
-        ({}, {"rounds": 0}, "rounds=0 must be at least 1"),
-        ({}, {"warmup": -1}, "warmup=-1 must be 0 or more"),
+        ({}, {"rounds": 0}, "rounds=0 must be an integer from 1"),
+        ({}, {"warmup": -1}, "warmup=-1 must be an integer from 0"),
         ({"dense": parse("tome:0.5")}, {}, "methods has 'dense', the name of a row that is not a method"),
         ({"bound:x": parse("tome:0.5")}, {}, "methods has 'bound:x'"),
         ({"x eager": parse("tome:0.5")}, {}, "methods has 'x eager'"),
@@ -713,5 +717,7 @@ def test_run_refuses_a_model_without_weights() -> None:
 
 
 def test_run_names_the_row_that_does_not_compile() -> None:
-    with pytest.raises(BenchError, match=r"row 'dense' fails with backend='no-such-thing'.*try backend 'eager'"):
+    with pytest.raises(
+        BenchError, match=r"row 'torch.compile' fails with backend='no-such-thing'.*try backend 'eager'"
+    ):
         run(dit_workload(), {}, backend="no-such-thing", progress=False)

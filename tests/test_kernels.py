@@ -291,9 +291,9 @@ def test_packages_are_compiled_without(switched_on: None, tmp_path: Path, monkey
         seen.append(kernels.switched_on(DEVICE))
         raise RuntimeError("enough")
 
-    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", compile_)
+    monkeypatch.setattr("torch._inductor.aot_compile", compile_)
     program = torch.export.export(torch.nn.Identity(), (torch.ones(2),))
     with pytest.raises(bgx.ExportError, match="enough"):
-        write_package(program, tmp_path / "toy.pt2", {})
+        write_package([(program, {})], tmp_path / "toy.pt2")
     assert seen == [False]
     assert kernels.switched_on(DEVICE)

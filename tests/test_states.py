@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import bigain_fx as bgx
 from bigain_fx import capture as capturing
-from bigain_fx import states
+from bigain_fx import graphs, states
 from bigain_fx.model_state import ModelState
 from bigain_fx.settings import Settings
 from bigain_fx.torch_internals import one_at_a_time
@@ -330,17 +330,31 @@ def test_a_capture_that_fails_leaves_the_model_as_it_was(
     assert type(fast(IMAGE)) is Tensor
 
 
-@pytest.mark.parametrize("where", ["ModelState", "Watch"])
-def test_an_interrupt_while_a_change_is_noticed_loses_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("where", "change"),
+    [
+        ("ModelState", "a flag"),
+        ("Watch", "a flag"),
+        ("ModelState", "a buffer"),
+        ("Watch", "a buffer"),
+        ("renew", "a buffer"),
+    ],
+)
+def test_an_interrupt_while_a_change_is_noticed_loses_nothing(
+    where: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     m = model()
     fast = bgx.optimize(m, (IMAGE,), method=(), backend="eager")
-    m.flags[0] = False
+    if change == "a flag":
+        m.flags[0] = False
+    else:
+        m.shift = torch.ones(toys.C)
 
     def interrupt(*args: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(states, where, interrupt)
+        patch.setattr(graphs if where == "renew" else states, where, interrupt)
         with pytest.raises(KeyboardInterrupt):
             fast(IMAGE)
     torch.testing.assert_close(fast(IMAGE), m(IMAGE))

@@ -134,7 +134,7 @@ def test_runs_compile_side_by_side_and_take_turns(tmp_path: Path, monkeypatch: p
     measured(monkeypatch, failing=(runs[0].name,), log=log)
     assert suite.run(runs, tmp_path, lambda _: None, jobs=2) == [runs[0].name]
     assert log == ["started 1", "started 2", "timed 1", "timed 2", "started 3", "timed 3"]
-    with pytest.raises(BenchError, match="jobs=0 must be at least 1"):
+    with pytest.raises(BenchError, match="jobs=0 must be an integer from 1"):
         suite.run(runs, tmp_path, lambda _: None, jobs=0)
 
 
@@ -360,7 +360,7 @@ def test_parts_are_those_of_the_method(method: str, there: list[str], not_there:
     assert all(found["parts"][part] > 0 for part in there)
     assert all(found["parts"][part] == 0 for part in not_there)
     assert found["compiled"] == {}
-    with pytest.raises(BenchError, match="rounds=0 must be at least 1"):
+    with pytest.raises(BenchError, match="rounds=0 must be an integer from 1"):
         parts.split(load("mnist-dit", batch=1), (), rounds=0)
 
 

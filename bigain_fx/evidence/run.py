@@ -26,6 +26,7 @@ from bigain_fx.embedded.features import as_bytes, load_extractor
 from bigain_fx.evidence import summary
 from bigain_fx.evidence.data_sets import open_data
 from bigain_fx.evidence.evaluate import Evaluation, Measured, Samples, Settings
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import InputError, first_line
 from bigain_fx.passes.methods import Methods
 from bigain_fx.stopwatch import interleaved
@@ -55,6 +56,8 @@ def open_both(model: str, data: str | None, kind: str | None) -> tuple[Subject, 
     if model in embedded.NAMES:
         if data is not None:
             raise InputError(f"data={data!r}: {model} is evaluated on its own held-out images; leave it out")
+        if kind is not None:
+            raise InputError(f"kind={kind!r}: {model} is evaluated on its own held-out images; leave it out")
         return open_subject(model), embedded_samples(model.split("-")[0])
     if data is None:
         raise InputError(f"data=None: name what {model} is evaluated on, such as pets, or a folder of images")
@@ -100,10 +103,11 @@ def evaluate(
     Raises:
         InputError: see :func:`open_both` and :class:`Evaluation`.
     """
-    if generate < 0 or generate == 1:
+    if not checks.counts(generate, least=0, most=checks.MANY) or generate == 1:
         raise InputError(f"generate={generate!r} must be 0, or 2 or more: FID needs a covariance")
     check_backend(backend)
     subject, samples = open_both(model, data, kind)
+    checks.integer("images", images, least=1, most=samples.count)
     make_folder(out)
     extractor = load_extractor(samples.name) if model in embedded.NAMES and generate else None
     evaluation = Evaluation(subject, samples, settings, work or out)

@@ -21,6 +21,7 @@ from bigain_fx.embedded.data import Images, data_set
 from bigain_fx.evidence import spectrum
 from bigain_fx.evidence.plans import plan_figure, plans_of
 from bigain_fx.noising import Noising
+from bigain_fx.passes import checks
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.methods import MergeMethod, Methods
 
@@ -44,6 +45,7 @@ def run(
         InputError: see :func:`bigain_fx.evidence.spectrum.measure`; a model that is not embedded; a timestep or a
             number of images out of range.
     """
+    checks.integer("seed", seed, least=-checks.SEED, most=checks.SEED)
     bundle = embedded.load(model)
     held_out = data_set(model.split("-")[0]).held_out
     if not 1 <= images <= len(held_out):

@@ -29,7 +29,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 class Packed(toys.Separate):
     """Tokens come packed, as Flux takes them: the graph knows no rows and columns."""
 
-    def forward(self, hidden_states: Tensor, img_ids: Tensor | None = None, img_shapes: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, img_ids: Tensor | None = None, img_shapes: Any = None) -> Tensor:
         return hidden_states + self.branch(self.norm(hidden_states), hidden_states)
 
 

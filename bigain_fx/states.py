@@ -67,10 +67,9 @@ class States:
         return self._now is not None and self._now[1].same_kinds()
 
     def values(self, paths: Iterable[str]) -> dict[str, Tensor]:
-        """Return the floats at ``paths`` as they were at the last look, a tensor of its own for each."""
-        if self._now is None:
-            return {}
-        return {path: self._tensor(self._now[1].number(path)).clone() for path in paths}
+        """Return the floats that are at ``paths`` as they were at the last look, a tensor of its own for each."""
+        state = self._now[1] if self._now is not None else None
+        return {path: self._tensor(state.number(path)).clone() for path in paths if state and is_float(state, path)}
 
     def unmoved(self, with_kinds: bool) -> int | None:
         """Return the state of the last look if nothing was written into the model since, else None.

@@ -86,8 +86,8 @@ def test_export_of_a_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path
 ) -> None:
     calls = []
-    monkeypatch.setattr("bigain_fx.export.package.write_package", lambda program, path, metadata: (
-        calls.append(metadata["method"]), path.write_bytes(b"12")))  # fmt: skip
+    monkeypatch.setattr("bigain_fx.export.package.write_package", lambda graphs, path: (
+        calls.append(graphs[0][1]["method"]), path.write_bytes(b"12")))  # fmt: skip
     assert run(monkeypatch, "export", folder, "--format", "pt2", "--methods", "todo:2", "--out", str(tmp_path)) == 0
     assert calls == ["todo:2"]
     assert "model-todo-2.pt2: 0.0 MB; UNet2DConditionModel, todo:2: 3 of 8" in capsys.readouterr().out

@@ -49,6 +49,7 @@ SAMPLES = op_samples()
 def test_every_op_and_overload_is_sampled() -> None:
     sampled = {op.name() for _, op, _ in SAMPLES}
     sampled |= {f"bigain::{schema.partition('(')[0]}" for schema in kernels.SCHEMAS}  # in test_kernels
+    sampled.add("bigain::weight_of")  # stands for a layer in a captured graph, and never runs: in test_quantized
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("bigain::")}
     assert registered == sampled
 

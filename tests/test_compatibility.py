@@ -511,16 +511,16 @@ def test_blocks_one_by_one_are_the_whole() -> None:
         )  # fmt: skip
 
 
-def tests_in(file: str) -> set[str]:
+def names_of_tests(file: str) -> set[str]:
     return set(re.findall(r"^def (test_\w+)\(", (Path(__file__).parent / file).read_text(), re.MULTILINE))
 
 
 def test_the_table_and_the_tests_name_one_another() -> None:
     """A test without a file is one of these two files; every one of this file has its row."""
     page = (ROOT / "docs" / "compatibility.md").read_text()
-    here, beside = tests_in("test_compatibility.py"), tests_in("test_more_pipelines.py")
+    here, beside = names_of_tests("test_compatibility.py"), names_of_tests("test_more_pipelines.py")
     named = re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", page)
-    assert not [(file, name) for file, name in named if name not in (tests_in(file) if file else here | beside)]
+    assert not [(file, name) for file, name in named if name not in (names_of_tests(file) if file else here | beside)]
     assert all("table" in name for name in here - {name for _, name in named})
 
 

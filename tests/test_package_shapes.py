@@ -24,6 +24,7 @@ from bigain_fx.passes.errors import BigainError, ExportError
 from tests.test_damaged_files import attempt, mutated, text
 
 SIDE = 256
+pytestmark = pytest.mark.slow
 
 
 class Toy(nn.Module):

@@ -67,10 +67,11 @@ class States:
         return self._now is not None and self._now[1].same_kinds()
 
     def values(self, paths: Iterable[str]) -> dict[str, Tensor]:
-        """Return the floats at ``paths`` as they were at the last look, a tensor of its own for each."""
+        """Return the floats at ``paths``, where one is, as they were at the last look, a tensor of its own for each."""
         if self._now is None:
             return {}
-        return {path: self._tensor(self._now[1].number(path)).clone() for path in paths}
+        state = self._now[1]
+        return {path: self._tensor(state.number(path)).clone() for path in paths if is_float(state, path)}
 
     def unmoved(self, with_kinds: bool) -> int | None:
         """Return the state of the last look if nothing was written into the model since, else None.

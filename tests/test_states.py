@@ -172,6 +172,24 @@ def test_a_float_attribute_is_an_input_from_its_second_value_on(attribute: str) 
     assert type(m.gain) is float
 
 
+def test_a_float_that_was_an_input_may_go_and_come_back() -> None:
+    """As the scale of a LoRA does, that is unloaded and loaded again."""
+    m, first, other = model(), Processor(), nn.Identity()
+    m.processor = first
+    fast = bgx.optimize(m, method=(), backend="eager")
+    for value in (0.1, 0.2, 0.3):
+        first.scale = value
+        torch.testing.assert_close(fast(IMAGE), m(IMAGE))
+    for processor in (other, first, other, first):
+        m.__dict__.pop("processor", None)
+        m._modules.pop("processor", None)
+        m.processor = processor  # type: ignore[assignment]
+        torch.testing.assert_close(fast(IMAGE), m(IMAGE))
+    first.scale = 0.4
+    torch.testing.assert_close(fast(IMAGE), m(IMAGE))
+    assert len(fast._graphs) == 2
+
+
 def test_a_float_that_decides_stays_a_constant_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
     m = made(Scaled)
     fast = bgx.optimize(m, method=(), backend="eager")

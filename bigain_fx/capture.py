@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from bigain_fx.hooks import traced_casts
 from bigain_fx.model_state import ModelState, clear_caches
 from bigain_fx.passes.axes import aten
 from bigain_fx.passes.errors import CaptureError, first_line
@@ -110,7 +111,7 @@ def _exported(
         for path, tensor in numbers.items():
             container, name = state.place(path) or ({}, path)
             container[name] = tensor
-        with torch.no_grad(), plain_layers(model) as quantized:
+        with torch.no_grad(), traced_casts(model), plain_layers(model) as quantized:
             program = torch.export.export(model, (), dict(arguments), strict=False)
             module = program.module(check_guards=False)
     except Exception as error:

@@ -154,6 +154,37 @@ WHY = """
   backend `flex` is the exception: `torch.export` makes no graph of it, and the whole model is refused.
 """
 
+REFUSED = {
+    "GlmImageTransformer2DModel": ("a mask of tokens to drop: depends on the values", "rewritten, with `grid=`"),
+    "HiDreamImageTransformer2DModel": ("lengths in tensors: depends on the values", "captured; need `grid=`"),
+    "QwenImage21Transformer2DModel": ("lengths of texts: data-dependent", "captured; need `grid=`"),
+    "OmniGenTransformer2DModel": ("the largest position: data-dependent", "not run"),
+    "HunyuanVideo15Transformer3DModel": ("lengths of texts: data-dependent", "captured; video, nothing to rewrite"),
+    "HunyuanVideoFramepackTransformer3DModel": (
+        "lengths of texts: data-dependent",
+        "captured; video, nothing to rewrite",
+    ),
+    "MochiTransformer3DModel": ("texts are cut in the attention: depends on the values", "no graph either"),
+    "NucleusMoEImageTransformer2DModel": ("experts choose tokens: depends on the values", "no graph either"),
+    "HiDreamImageTransformer2DModel, with experts": ("experts are called by way of numpy", "no graph either"),
+    "Kandinsky6SRTransformer3DModel": ("flex attention: left a call", "no graph either"),
+    "AnyFlowFARTransformer3DModel": ("flex attention: left a call", "no graph either"),
+    "WanAnimate2Transformer3DModel": ("a cache as an argument: Unsupported input type", "no graph either"),
+    "MultiControlNetModel": ("returns names", "optimize each of its `nets`"),
+    "FluxMultiControlNetModel": ("returns names", "optimize each of its `nets`"),
+}
+"""Class of diffusers -> why there is no graph of it, a part of the error behind the colon, and what its blocks give."""
+
+WITHOUT = """
+## What has no graph
+
+Classes of diffusers that `torch.export` cannot capture as a whole; tried with tiny random models. Where the blocks can be captured, they
+are optimized [one by one](compatibility.md#step-caches), and without a method the output is exactly that of the original.
+
+| class | reason | its blocks one by one |
+| --- | --- | --- |
+"""
+
 READING = """
 ## How to read a report
 
@@ -194,7 +225,8 @@ def to_markdown(found: dict[str, Any]) -> str:
         f"| {row['flops'] / 1e12:.2f} |\n"
         for row in rows if "error" not in row
     )  # fmt: skip
-    return HEAD + "".join(map(_summary, rows)) + LEGEND + KEPT + _reasons(rows) + WHY + reading + counted
+    without = WITHOUT + "".join(f"| `{name}` | {why} | {blocks} |\n" for name, (why, blocks) in REFUSED.items())
+    return HEAD + "".join(map(_summary, rows)) + LEGEND + KEPT + _reasons(rows) + WHY + without + reading + counted
 
 
 def _summary(row: dict[str, Any]) -> str:

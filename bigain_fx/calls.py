@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bigain_fx.families import attention_backend
+from bigain_fx.hooks import stored_weights
 from bigain_fx.model_state import constant_key
 from bigain_fx.passes import checks
 from bigain_fx.passes.errors import InputError
@@ -218,7 +219,9 @@ def check_inputs(model: nn.Module, arguments: Mapping[str, Any]) -> None:
     """
     check_gradients(arguments)
     # Numbers of one byte are stored in it, not computed.
-    weight = next((p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
+    stored = stored_weights(model)
+    plain = (p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    weight = next((p for p in plain if id(p) not in stored), None)
     if weight is None:
         return
     for name, tensor in _named_tensors(arguments):

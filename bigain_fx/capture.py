@@ -15,6 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
+from bigain_fx.blocks import advice
+from bigain_fx.hooks import traced_casts
 from bigain_fx.model_state import ModelState, clear_caches
 from bigain_fx.passes.axes import aten
 from bigain_fx.passes.errors import CaptureError, first_line
@@ -56,11 +58,13 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], numbers: Mapping[str
     with one_at_a_time():
         before = ModelState(model)
         program, module, changed = _exported(model, arguments, before, numbers or {})
+        if not changed:
+            _check_static(module.graph, model)
         _check_writes(module.graph, model)
         if changed:
             program, module = _exported_after_a_call(model, arguments, before, numbers or {})
     out_spec = program.call_spec.out_spec
-    _check_static(module.graph, type(model).__name__)
+    _check_static(module.graph, model)
     leaves, _ = pytree.tree_flatten_with_path(dict(arguments))
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, (path, leaf) in zip(inputs, leaves, strict=True):
@@ -110,12 +114,13 @@ def _exported(
         for path, tensor in numbers.items():
             container, name = state.place(path) or ({}, path)
             container[name] = tensor
-        with torch.no_grad(), plain_layers(model) as quantized:
+        with torch.no_grad(), traced_casts(model), plain_layers(model) as quantized:
             program = torch.export.export(model, (), dict(arguments), strict=False)
             module = program.module(check_guards=False)
     except Exception as error:
         reason = f"torch.export cannot capture {type(model).__name__}: {first_line(error)}"
-        raise CaptureError(with_layer(reason, model)) from error
+        named = with_layer(reason, model)
+        raise CaptureError(named + advice(model, error) if named == reason else named) from error
     finally:
         changed = [path for path in state.restore() if path not in numbers]
         clear_caches(model)
@@ -145,23 +150,26 @@ def _exported_after_a_call(
     return program, module
 
 
-def _check_static(graph: Graph, model: str) -> None:
+def _check_static(graph: Graph, model: nn.Module) -> None:
     """Refuse a graph of which a shape depends on the values of inputs, or that holds what no graph can run."""
+    name = type(model).__name__
     for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape):
             raise CaptureError(
-                f"{model} cannot be captured: the shape of {node.name} depends on the values of its inputs"
+                f"{name} cannot be captured: the shape of {node.name} depends on the values of its inputs"
+                + advice(model, node)
             )
         if node.op == "call_function" and not isinstance(node.target, OpOverload | HigherOrderOperator):
             home = getattr(node.target, "__module__", None) or ""
             if home not in ("_operator", "math", "torch"):
                 raise CaptureError(
-                    f"{model} cannot be captured: torch.export left a call of {node.target} in the graph"
+                    f"{name} cannot be captured: torch.export left a call of {node.target} in the graph"
+                    + advice(model, node)
                 )
 
     if any(isinstance(leaf, str) for leaf in pytree.tree_leaves(graph.output_node().args)):
-        raise CaptureError(f"{model} cannot be captured: it returns names where tensors belong; optimize its parts")
+        raise CaptureError(f"{name} cannot be captured: it returns names where tensors belong; optimize its parts")
 
 
 def _check_writes(graph: Graph, model: nn.Module) -> None:

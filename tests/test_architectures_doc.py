@@ -17,6 +17,7 @@ from tests.toys import C, Separate
 from tests.toys import H as ROWS
 from tests.toys import W as COLUMNS
 from tests.zoo_dits import dit, dit_inputs, latte, latte_inputs
+from tests.zoo_more import CAUSES
 
 ROOT = Path(__file__).parent.parent
 FOUND: dict[str, Any] = json.loads((ROOT / "bench/results/architectures.json").read_text())
@@ -24,6 +25,17 @@ FOUND: dict[str, Any] = json.loads((ROOT / "bench/results/architectures.json").r
 
 def test_the_document_is_made_from_the_results() -> None:
     assert (ROOT / "docs/architectures.md").read_text() == architectures.to_markdown(FOUND)
+
+
+def test_what_has_no_graph_is_listed_with_its_cause() -> None:
+    causes = {name.split("-")[0]: cause for name, cause in CAUSES.items() if not name.startswith("HiDream")}
+    causes |= {
+        "HiDreamImageTransformer2DModel": CAUSES["HiDreamImageTransformer2DModel"],
+        "HiDreamImageTransformer2DModel, with experts": CAUSES["HiDreamImageTransformer2DModel-experts"],
+    }
+    assert architectures.REFUSED.keys() == causes.keys()
+    for name, (why, _) in architectures.REFUSED.items():
+        assert causes[name] in why, name
 
 
 def test_every_family_has_a_row() -> None:

@@ -117,7 +117,6 @@ CACHES: dict[str, Callable[[Any], object]] = {
 }
 HOOKS: dict[str, Change] = {
     **{name: lambda pipe, make=make: pipe.transformer.enable_cache(make(pipe)) for name, make in CACHES.items()},
-    "enable_layerwise_casting": lambda pipe: pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn),
     "enable_group_offload": lambda pipe: pipe.transformer.enable_group_offload(
         torch.device("cpu"), offload_type="leaf_level"
     ),

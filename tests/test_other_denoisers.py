@@ -12,9 +12,11 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 from diffusers import ModelMixin
 from diffusers.models import controlnets, transformers, unets
 
+import bigain_fx as bgx
 from bigain_fx.passes.errors import CaptureError
 from tests import by_hand, zoo_dits, zoo_named, zoo_unets
 from tests.zoo import Case
@@ -118,3 +120,26 @@ def test_what_cannot_be_captured_says_why(case: Case) -> None:
     with pytest.raises(CaptureError, match=CAUSES[case.name]):
         optimize(case, BOTH.method)
     check_original(case)
+
+
+@pytest.mark.parametrize("name", ["GlmImageTransformer2DModel", "HiDreamImageTransformer2DModel"])
+def test_blocks_of_what_cannot_be_captured(name: str) -> None:
+    """The error says that they may be optimized one by one; so they are the model, and one of them can be rewritten."""
+    (case,) = (case for case in UNCAPTURED if case.name == name)
+    with pytest.raises(CaptureError, match=r"its blocks \(.*blocks\) may be optimized one by one"):
+        optimize(case, BOTH.method)
+    for method in ((), BOTH.method):
+        torch.manual_seed(0)
+        model = case.build()
+        stacks = [m for path, m in model.named_children() if path.endswith("blocks")]
+        grid = (4, 6) if name.startswith("Glm") else None
+        blocks = [bgx.optimize(b, method=method, backend="eager", grid=grid) for stack in stacks for b in stack]
+        made = iter(blocks)
+        for stack in stacks:
+            for index in range(len(stack)):
+                stack[index] = next(made)
+        with torch.no_grad():
+            found = relative(tensors(model(**load(case).inputs)), load(case).output)
+        assert found <= DENSE_TOLERANCE if not method or grid is None else found > 1e-3
+        if grid:
+            assert all(len(block.report.rewritten) == bool(method) for block in blocks)

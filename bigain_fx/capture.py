@@ -88,6 +88,8 @@ def value_read(graph: Graph) -> str | None:
 
 def _as_inputs(module: GraphModule, numbers: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Make inputs of the constants that are ``numbers``; return the paths of those that there are."""
+    if not numbers:
+        return ()
     graph = module.graph
     path_of = {tensor.data_ptr(): path for path, tensor in numbers.items()}
     made: dict[str, Node] = {}

@@ -115,7 +115,7 @@ class Graphs:
         if given or held:
             as_inputs = self._numbers.as_inputs(arguments, given)
             try:
-                captured = self._made(as_inputs, grid, held)
+                captured = self._made(as_inputs, grid, held, arguments)
                 if read := value_read(captured.graph.graph):
                     raise CaptureError(f"forward makes a number of the tensor {read}")
             except CaptureError as error:
@@ -164,9 +164,15 @@ class Graphs:
         self._state = found.number
         return found.number
 
-    def _made(self, arguments: Mapping[str, Any], grid: Hint | None, more: Iterable[str] = ()) -> Prepared:
+    def _made(
+        self,
+        arguments: Mapping[str, Any],
+        grid: Hint | None,
+        more: Iterable[str] = (),
+        plain: Mapping[str, Any] | None = None,
+    ) -> Prepared:
         numbers = self._states.values({*self._states.inputs, *more})
-        return prepare(self._model, self._methods, self._settings, arguments, grid, numbers, self._check_kinds)
+        return prepare(self._model, self._methods, self._settings, arguments, grid, numbers, self._check_kinds, plain)
 
     def _check_kinds(self) -> None:
         """Refuse to compile a graph again for weights that are not what it was captured with."""

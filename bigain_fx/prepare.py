@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from bigain_fx.calls import check_inputs
-from bigain_fx.capture import capture
+from bigain_fx.calls import check_inputs, flat_tensors
+from bigain_fx.capture import Captured, capture
 from bigain_fx.hooks import check_hooks, traced_hooks
 from bigain_fx.model_state import some
-from bigain_fx.passes.errors import GridError, InputError
+from bigain_fx.passes.errors import CaptureError, GridError, InputError
 from bigain_fx.passes.images import Hint
 from bigain_fx.passes.methods import Methods
 from bigain_fx.quantized import call_quantized
@@ -45,6 +46,28 @@ class Prepared:
     numbers: tuple[str, ...] = ()
 
 
+def _check_numbers(
+    model: nn.Module,
+    captured: Captured,
+    arguments: Mapping[str, Any],
+    numbers: Mapping[str, Tensor],
+    plain: Mapping[str, Any],
+) -> None:
+    """Refuse a graph with numbers as inputs that is not the model: some do other things with a tensor."""
+    with torch.no_grad():
+        expected = _tensors(model(**plain))
+        found = _tensors(captured.module(*flat_tensors(arguments), *(numbers[path] for path in captured.numbers)))
+    for one, other in zip(expected, found, strict=True):
+        tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else 3e-2
+        if not one.is_meta and not (one - other).double().norm() <= tolerance * one.double().norm():
+            raise CaptureError("forward does something else with a tensor than with the number in it")
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
 def prepare(
     model: nn.Module,
     methods: Methods,
@@ -53,6 +76,7 @@ def prepare(
     grid: Hint | None,
     numbers: Mapping[str, Tensor] | None = None,
     check: Callable[[], None] = lambda: None,
+    plain: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Capture ``model`` for ``arguments``, and rewrite the graph by ``methods``.
 
@@ -64,6 +88,8 @@ def prepare(
         grid: of the image tokens, where it is known.
         numbers: float attributes of the model that become inputs, as for :func:`bigain_fx.capture.capture`.
         check: called before the graph is compiled, and compiled again.
+        plain: the arguments with numbers in the places of tensors that were made of them; the graph must give for
+            these, and for ``numbers``, what the model gives.
 
     Raises:
         BigainError: as for :func:`bigain_fx.optimize`.
@@ -74,6 +100,8 @@ def prepare(
     check_hooks(model)
     check_inputs(model, arguments)
     captured = capture(model, arguments, numbers or {})
+    if plain is not None:
+        _check_numbers(model, captured, arguments, numbers or {}, plain)
     if hooked := traced_hooks(model):
         log.warning("%s: forward hooks are part of its graph, and are not called again: %s", name, some(hooked))
     try:

@@ -113,7 +113,8 @@ class States:
         number, state, _ = self._now
         for at, other in self._known.values():
             paths = set(state.differences(other)) - self.inputs if at != number else set()
-            if paths and all(is_float(state, path) and is_float(other, path) for path in paths):
+            floats = all(is_float(state, path) and is_float(other, path) and state.place(path) for path in paths)
+            if paths and floats:
                 return paths - self.kept.keys()
         return set()
 

@@ -200,6 +200,34 @@ def test_a_float_that_decides_stays_a_constant_and_says_why(caplog: pytest.LogCa
     assert said.startswith("Scaled: each value of limit is a graph of its own: torch.export cannot capture Scaled")
 
 
+class Particular(Model):
+    """Does something else with a tensor than with a number, quietly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain_of, self.pair = 1.0, (1.0, 2.0)
+
+    def forward(self, image: Tensor, scale: float = 0.5) -> Tensor:  # type: ignore[override]
+        if isinstance(scale, float):
+            image = image * scale
+        gain = self.gain_of if isinstance(self.gain_of, float) else 3.0
+        return super().forward(image) * gain * self.pair[0]
+
+
+@pytest.mark.parametrize("what", ["argument", "attribute", "in a tuple"])
+def test_a_float_that_is_no_input_of_what_the_model_does_stays_a_constant(what: str) -> None:
+    m = made(Particular)
+    fast = bgx.optimize(m, method=(), backend="eager")
+    for value in (0.25, 0.75, 0.5, 0.25):
+        call = {"scale": value} if what == "argument" else {}
+        if what == "attribute":
+            m.gain_of = value
+        elif what == "in a tuple":
+            m.pair = (value, 2.0)
+        torch.testing.assert_close(fast(IMAGE, **call), m(IMAGE, **call))
+    assert len(fast._graphs) == 3
+
+
 # ------------------------------------------------------------------- what capture leaves behind
 
 

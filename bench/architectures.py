@@ -178,8 +178,9 @@ REFUSED = {
 WITHOUT = """
 ## What has no graph
 
-Classes of diffusers that `torch.export` cannot capture as a whole; tried with tiny random models. Where the blocks can be captured, they
-are optimized [one by one](compatibility.md#step-caches), and without a method the output is exactly that of the original.
+Classes of diffusers that `torch.export` cannot capture as a whole; tried with tiny random models. Where the blocks can
+be captured, they are optimized [one by one](compatibility.md#step-caches), and without a method the output is exactly
+that of the original.
 
 | class | reason | its blocks one by one |
 | --- | --- | --- |

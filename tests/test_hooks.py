@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.hooks import LayerSkipConfig, apply_layerwise_casting
+from diffusers.hooks import LayerSkipConfig, apply_group_offloading, apply_layerwise_casting
 from diffusers.hooks.layer_skip import _apply_layer_skip_hook
 from diffusers.hooks.smoothed_energy_guidance_utils import (
     SmoothedEnergyGuidanceConfig,
@@ -135,7 +135,7 @@ REFUSED = {
     "skip-layer guidance": (skip_layers, "SkipLayerGuidance_0' at transformer_blocks.0.*a guider puts it in"),
     "smoothed energy guidance": (smooth_energy, "SmoothedEnergyGuidance_0' at .*a guider puts it in"),
     "group offload": (
-        lambda model: model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+        lambda model: apply_group_offloading(model, torch.device("cpu"), offload_type="leaf_level"),
         "'group_offloading' at .*brings weights in when a layer is called, .* cast or quantize the weights",
     ),
 }

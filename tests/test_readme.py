@@ -51,6 +51,20 @@ def test_every_cell_of_the_tables_is_in_a_result_file() -> None:
                 assert cell == expected, (file, name)
 
 
+def test_the_wrapper_costs_what_was_measured() -> None:
+    text = " ".join((ROOT / "README.md").read_text().split())
+    found = {
+        name: json.loads((ROOT / f"bench/results/overhead-{name}.json").read_text()) for name in ("sd2", "flux", "sdxl")
+    }
+    link = {name: f"(bench/results/overhead-{name}.md)" for name in found}
+    wrapper = {name: f"{result['wrapper_ms']:.2f} ms" for name, result in found.items()}
+    assert f"{wrapper['sd2']} a call for [SD 2.0]{link['sd2']}" in text
+    assert f"{wrapper['flux']} for [Flux]{link['flux']} and {wrapper['sdxl']} for [SDXL]{link['sdxl']}" in text
+    less, flux, sdxl = (f"{abs(found[name]['over_plain_ms']):.2f} ms" for name in ("sd2", "flux", "sdxl"))
+    assert f"takes {less} less, {flux} more and {sdxl} more than ours" in text
+    assert found["sd2"]["over_plain_ms"] > 0 > max(found["flux"]["over_plain_ms"], found["sdxl"]["over_plain_ms"])
+
+
 def test_eager_and_onnx_runtime_are_compared_as_measured() -> None:
     result = json.loads((ROOT / "bench/results/speed/cpu-sd2-64-batch2-float32.json").read_text())
     gain = {row["name"]: f"{row['speedup']['median']:.2f}x" for row in result["rows"]}

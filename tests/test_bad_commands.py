@@ -18,6 +18,7 @@ from bigain_fx.evidence import run as evaluation
 from bigain_fx.evidence import spectrum_report
 
 DATA = functools.cache(data_set)
+pytestmark = pytest.mark.slow
 NUMBERS = ("0", "-1", "1.5", "x", "nan", "", "9" * 30)
 SEEDS = ("1.5", "x", "nan", "", "9" * 30)
 METHODS = (

@@ -188,7 +188,7 @@ def _constant_written(graph: Graph, model: nn.Module) -> str | None:
     weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False))}
     for node in graph.nodes:
         for base in [root for target in written(node) for root in roots(target)]:
-            if base.op == "get_attr" and base.target not in weights:
+            if base.op == "get_attr" and base.target not in weights and "val" in base.meta:  # no body of a context
                 return f"{node.target}, {base.target}"
     return None
 

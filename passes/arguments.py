@@ -30,6 +30,12 @@ POINTWISE = frozenset({
     aten.clamp.default, aten.clamp_min.default, aten.where.self, aten.masked_fill.Scalar, aten.square.default,
     aten.rsub.Scalar, aten.reciprocal.default, aten.abs.default, aten.softplus.default, aten.leaky_relu.default,
 })  # fmt: skip
+# Each of them that can write its result into its first operand, as that form -> what it computes.
+IN_PLACE: Mapping[Any, Any] = {
+    getattr(packet, op._overloadname): op
+    for op in POINTWISE
+    if (packet := getattr(aten, f"{op.overloadpacket.__name__}_", None)) and op._overloadname in packet.overloads()
+}
 NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default})
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from bigain_fx.passes.arguments import CASTS, VIEWS, cut_dim, slice_range
+from bigain_fx.passes.arguments import CASTS, IN_PLACE, VIEWS, cut_dim, slice_range
 from bigain_fx.passes.axes import aten, shape_of
 from bigain_fx.passes.memory import aliases, roots, written
 from bigain_fx.passes.surgery import Surgeon
@@ -45,10 +45,6 @@ _PLAIN: Mapping[Any, tuple[Any, Callable[[Node], tuple[Any, ...]]]] = {
 }  # fmt: skip
 
 
-_IN_PLACE: Mapping[Any, Any] = {
-    aten.add_.Tensor: aten.add.Tensor, aten.sub_.Tensor: aten.sub.Tensor, aten.mul_.Tensor: aten.mul.Tensor,
-    aten.div_.Tensor: aten.div.Tensor, aten.add_.Scalar: aten.add.Scalar, aten.mul_.Scalar: aten.mul.Scalar,
-}  # fmt: skip
 _SHARED = VIEWS | CASTS | {aten.slice.Tensor, aten.expand.default}
 
 
@@ -65,7 +61,7 @@ def canonicalize(surgeon: Surgeon) -> None:
         part: Any = copy.args[0]
         if part.target is aten.slice.Tensor and not copy.users and _is_alone(part, copy):
             _replace(surgeon, copy, part)
-    for node in [node for node in surgeon.graph.nodes if node.target in _IN_PLACE]:
+    for node in [node for node in surgeon.graph.nodes if node.target in IN_PLACE]:
         if not _names_read_after(node):
             _as_value(surgeon, node)
     _share_views(surgeon)
@@ -99,7 +95,7 @@ def _share_views(surgeon: Surgeon) -> None:
 def _as_value(surgeon: Surgeon, node: Node) -> None:
     """The same arithmetic with a result of its own, in the dtype that the memory has."""
     with surgeon.after(node):
-        value = surgeon.emit(_IN_PLACE[node.target], node.args, node, node.kwargs)
+        value = surgeon.emit(IN_PLACE[node.target], node.args, node, node.kwargs)
         if value.meta["val"].dtype != node.meta["val"].dtype:
             value = surgeon.emit(aten.to.dtype, (value, node.meta["val"].dtype), node)
     node.replace_all_uses_with(value, lambda user: user is not value)

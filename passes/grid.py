@@ -17,7 +17,7 @@ from bigain_fx.passes.axes import Axis, Dim, Layout, Refusal, aten, named, names
 from bigain_fx.passes.errors import GridError
 from bigain_fx.passes.images import Grids, as_hint, tokens_on
 from bigain_fx.passes.memory import descendants
-from bigain_fx.passes.rules import forget, propagate
+from bigain_fx.passes.rules import PLACE_BY_PLACE, forget, propagate
 
 FRAMES, ROWS, COLUMNS, IMAGES = "frames", "rows", "columns", "images"
 CONVOLUTIONS = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.conv3d.padding})
@@ -44,6 +44,8 @@ def image_layouts(graph: Graph, hint: Grids | None = None) -> dict[Node, Layout]
             layout = _feature_map(shape)
         elif node.target is SDPA:
             layout = (*layouts[node.args[0]][:-1], named("", shape[-1])) if node.args[0] in layouts else None
+        elif node.target in PLACE_BY_PLACE:
+            layout = layouts.get(node.args[0])
         elif any(source in layouts for source in node.all_input_nodes):
             layout = propagate(node, layouts)
         if layout is not None and not isinstance(layout, Refusal):

@@ -12,6 +12,7 @@ from bigain_fx.passes import ops as _ops  # noqa: F401  (registers torch.ops.big
 from bigain_fx.passes.arguments import (
     CASTS,
     CONCATENATIONS,
+    IN_PLACE,
     PERMUTATIONS,
     POINTWISE,
     SDPA,
@@ -42,11 +43,7 @@ from bigain_fx.passes.memory import aliases, written
 
 Layouts = Mapping[Node, Layout]
 _JOINS = POINTWISE | CONCATENATIONS | {aten.stack.default, aten.pad_sequence.default}
-_PLACE_BY_PLACE = frozenset(
-    getattr(packet, op._overloadname)
-    for op in POINTWISE
-    if (packet := getattr(aten, f"{op.overloadpacket.__name__}_", None)) and op._overloadname in packet.overloads()
-) | {aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default}
+PLACE_BY_PLACE = frozenset({*IN_PLACE, aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default})
 Rule = Callable[[Node, Layouts], Layout | Refusal]
 
 
@@ -69,7 +66,7 @@ def forget(node: Node, layouts: dict[Node, Layout]) -> None:
     for target in written(node):
         others = [source for source in node.all_input_nodes if source is not target and source in layouts]
         in_order = not others or _pointwise(node, layouts) == layouts.get(target)
-        if node.target not in _PLACE_BY_PLACE or not in_order:
+        if node.target not in PLACE_BY_PLACE or not in_order:
             for alias in aliases(target):
                 layouts.pop(alias, None)
 

@@ -84,9 +84,9 @@ class Surgeon:
 
     @contextmanager
     def after(self, node: Node) -> Iterator[None]:
-        """Insert what is emitted right behind ``node``, and behind all inputs of the graph."""
+        """Insert what is emitted behind ``node``, and behind the inputs and constants that follow it."""
         behind = node.next
-        while behind.op == "placeholder":
+        while behind.op in ("placeholder", "get_attr"):  # so a constant is defined wherever another one is used
             behind = behind.next
         with self.graph.inserting_before(behind):
             yield

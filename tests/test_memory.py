@@ -17,6 +17,7 @@ from bigain_fx.passes.errors import CaptureError
 from bigain_fx.passes.memory import written, written_by
 from bigain_fx.passes.methods import Methods, normalize
 from bigain_fx.passes.pipeline import Rewritten, rewrite
+from bigain_fx.passes.surgery import Surgeon
 from tests import oracle, toys
 from tests.toys import C, H, N, Toy, W, heads
 
@@ -398,3 +399,46 @@ def test_weighed_attention_without_a_dimension_of_heads() -> None:
     toy.squeeze_kv = lambda x, metric: oracle.unmerge(oracle.merge(x, plans[0]), plans[0])  # each as often as it counts
     with torch.no_grad():
         torch.testing.assert_close(output, toy(image), rtol=1e-4, atol=1e-5)
+
+
+class Activated(Toy):
+    """The residual stream is changed in place before the attention; ``older`` is read afterwards under another name."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], older: bool) -> None:
+        super().__init__()
+        self.change, self.older = change, older
+
+    def forward(self, image: Tensor) -> Tensor:
+        h = self.tokens(image).add(0.1)
+        before = h[:]
+        h = self.change(h)
+        return (before if self.older else h) + self.branch(self.norm(h), h)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["by its name", "by an older name"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.tanh_, torch.sigmoid_, torch.relu_, torch.exp_, torch.neg_, torch.square_, torch.abs_,
+        lambda t: F.silu(t, inplace=True), lambda t: t.clamp_(-1, 1), lambda t: t.sub_(0.2), lambda t: t.div_(3),
+        lambda t: t.masked_fill_(t > 1, 0.5),
+    ],
+    ids=["tanh", "sigmoid", "relu", "exp", "neg", "square", "abs", "silu", "clamp", "sub", "div", "masked_fill"],
+)  # fmt: skip
+def test_tokens_changed_in_place_lie_where_they_lay(change: Callable[[Tensor], Tensor], older: bool) -> None:
+    toy, image = Activated(change, older), toys.image()
+    rewritten, output, _ = run(toy, KV, image=image)
+    assert (rewritten.records[0].action, rewritten.records[0].grid) == ("kv", GRID), rewritten.records[0].reason
+    toy.squeeze_kv = lambda x, metric: oracle.kv_downsample(x, 0.9, GRID, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(output, toy(image), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_constant_is_made_before_it_is_used(order: str) -> None:
+    surgeon = Surgeon(capture(Toy().eval(), {"image": toys.image()}).module)
+    like = next(iter(surgeon.graph.find_nodes(op="placeholder")))
+    made = {name: surgeon.constant(name, torch.ones(1), like) for name in order}
+    both = surgeon.once("sum", made["a"], lambda: surgeon.emit(torch.ops.aten.add.Tensor, (made["a"], made["b"]), like))
+    assert max(made.values()) < both
+    surgeon.graph.lint()

@@ -117,7 +117,7 @@ def _exported(
             container, name = state.place(path) or ({}, path)
             container[name] = tensor
         with torch.no_grad(), traced_casts(model), plain_layers(model) as quantized:
-            program = torch.export.export(model, (), dict(arguments), strict=False)
+            program = torch.export.export(model, (), _told_apart(arguments, state.tensors), strict=False)
             module = program.module(check_guards=False)
     except Exception as error:
         reason = f"torch.export cannot capture {type(model).__name__}: {first_line(error)}"
@@ -129,6 +129,18 @@ def _exported(
     assert isinstance(module, GraphModule)
     put_back(module, quantized)
     return program, module, changed
+
+
+def _told_apart(arguments: Mapping[str, Any], tensors: Iterable[Tensor]) -> dict[str, Any]:
+    """``arguments`` with a tensor object for each: what is given twice, or is a weight, would become one input."""
+    met = set(map(id, tensors))
+
+    def apart(tensor: Tensor) -> Tensor:
+        known = id(tensor) in met
+        met.add(id(tensor))
+        return tensor.detach() if known else tensor
+
+    return pytree.tree_map_only(Tensor, apart, dict(arguments))  # type: ignore[no-any-return]
 
 
 def _exported_after_a_call(

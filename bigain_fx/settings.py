@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch._inductor import list_mode_options
 from torch.fx import GraphModule
 
 from bigain_fx import families
 from bigain_fx.compilers import check_compiler
+from bigain_fx.direct import Direct
 from bigain_fx.passes import checks
 from bigain_fx.passes.images import Hint, as_grids
 from bigain_fx.passes.methods import Methods
@@ -51,7 +51,7 @@ class Settings:
     def compile(self, module: GraphModule, check: Callable[[], None] = lambda: None) -> Callable[..., Any]:
         """``module`` for the backend, compiled when first called; ``check`` is called before.
 
-        Dynamo compiles again where a weight has another dtype, device or shape.
+        It is compiled again where a weight has another dtype, device or shape.
         """
         if self.backend == "eager":
             return module
@@ -63,8 +63,7 @@ class Settings:
             with own_cache():
                 return inner(graph, inputs)
 
-        compiled: Callable[..., Any] = torch.compile(module, fullgraph=True, dynamic=False, backend=backend)
-        return compiled
+        return Direct(module, backend)
 
     @cached_property
     def has_cuda_graphs(self) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.utils.hooks
+from torch import Tensor
+from torch._dynamo import eval_frame
 from torch._dynamo.convert_frame import compile_lock
 
 
@@ -35,6 +37,32 @@ class Versions:
     def same(self) -> bool:
         """Return whether nothing was written since this was made."""
         return bool(self._root.check(self._dicts))
+
+
+class Kinds:
+    """Tell whether compiled code that was made for ``tensors`` may run: whether Dynamo's guards would hold.
+
+    They compare the types, dispatch keys, dtypes, devices, sizes and strides of tensors, that each is another one, and
+    what torch does in this thread: whether it records gradients, autocasts, and so on.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
+
+        sizes: list[Any] = [list(tensor.shape) for tensor in tensors]
+        strides: list[Any] = [list(tensor.stride()) for tensor in tensors]
+        self._tensors = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self._state = GlobalStateGuard()
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether these tensors, and the state of torch, are of the kinds that they were."""
+        return bool(self._state.check() and _plainly_called() and self._tensors.check(*tensors))
+
+
+def _plainly_called() -> bool:
+    """Return whether no mode looks at calls, and nobody asked for eager code."""
+    modes = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
+    return not modes and eval_frame._stance.stance == "default"
 
 
 def hooks_registered() -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
 from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
 
 from bigain_fx.passes.axes import BATCH, TOKENS, Dim, Layout, Refusal, aten, named, names, parts
 from bigain_fx.passes.memory import aliases, written, written_by
@@ -15,12 +16,15 @@ from bigain_fx.passes.rules import propagate
 from bigain_fx.passes.sites import AttentionSite, Surroundings
 
 
-def with_blocks(graph: Graph, sites: Sequence[AttentionSite], around: Surroundings) -> dict[Node, AttentionSite]:
-    """``sites``, by their SDPA node, with the regions of their blocks (``docs/operators.md``, "Scope")."""
-    attentions = {site.sdpa: _attention_region(site, around) for site in sites}
-    latest = _latest_attention(graph, attentions)
-    claimed = {node for site in sites for node in (*site.region.nodes, *attentions[site.sdpa].nodes)}
-    found = {site.sdpa: replace(site, block=((site.x, attentions[site.sdpa]),)) for site in sites}
+def with_blocks(
+    graph: Graph, attentions: Mapping[Node, AttentionSite | Refusal], around: Surroundings
+) -> dict[Node, AttentionSite]:
+    """The sites among ``attentions``, by node, with the regions of their blocks (``docs/operators.md``, "Scope")."""
+    sites = [site for site in attentions.values() if isinstance(site, AttentionSite)]
+    regions = {site.sdpa: _attention_region(site, around) for site in sites}
+    latest = _latest_attention(graph, regions, attentions.keys() - regions.keys())
+    claimed = {node for site in sites for node in (*site.region.nodes, *regions[site.sdpa].nodes)}
+    found = {site.sdpa: replace(site, block=((site.x, regions[site.sdpa]),)) for site in sites}
     for linear in graph.find_nodes(op="call_function", target=aten.linear.default):
         source: Any = linear.args[0]
         if linear in claimed or source not in latest:
@@ -33,10 +37,16 @@ def with_blocks(graph: Graph, sites: Sequence[AttentionSite], around: Surroundin
     return found
 
 
-def _latest_attention(graph: Graph, attentions: Mapping[Node, Region]) -> dict[Node, tuple[Node, Layout]]:
-    """For every node that has the tokens of attentions, in their order: the last of these, and the node's layout."""
-    exits = {node: (sdpa, region.layouts[node]) for sdpa, region in attentions.items() for node in region.exits}
+def _latest_attention(
+    graph: Graph, regions: Mapping[Node, Region], refused: Set[Node]
+) -> dict[Node, tuple[Node, Layout]]:
+    """For every node that has the tokens of attentions, in their order: the last of these, and the node's layout.
+
+    Behind a self-attention among ``refused`` there is none, until the next: its block is not ours to merge.
+    """
+    exits = {node: (sdpa, region.layouts[node]) for sdpa, region in regions.items() for node in region.exits}
     latest: dict[Node, tuple[Node, Layout]] = {}
+    behind: dict[Node, Node] = {}  # what is computed from a refused self-attention, and that
     for node in graph.nodes:
         if node in exits:
             latest[node] = exits[node]
@@ -45,13 +55,31 @@ def _latest_attention(graph: Graph, attentions: Mapping[Node, Region]) -> dict[N
             for alias in aliases(target):
                 latest.pop(alias, None)
         above = {source: latest[source] for source in node.all_input_nodes if source in latest}
-        if not above:
-            continue
-        last = max(sdpa for sdpa, _ in above.values())
-        layout = propagate(node, {source: layout for source, (sdpa, layout) in above.items() if sdpa is last})
-        if not isinstance(layout, Refusal) and any(TOKENS in names(dim) for dim in layout):
-            latest[node] = last, layout
+        other = max((behind[source] for source in node.all_input_nodes if source in behind), default=None)
+        if node in refused and sum(_reads(source, latest) for source in pytree.tree_leaves(node.args)) > 1:
+            other = node
+        last = max((sdpa for sdpa, _ in above.values()), default=None)
+        if other is not None and (last is None or last < other):
+            behind[node] = other
+        elif last is not None:
+            layout = propagate(node, {source: layout for source, (sdpa, layout) in above.items() if sdpa is last})
+            if not isinstance(layout, Refusal) and any(TOKENS in names(dim) for dim in layout):
+                latest[node] = last, layout
     return latest
+
+
+def _reads(operand: object, latest: Mapping[Node, Any]) -> bool:
+    """Whether ``operand`` is made of nodes of ``latest``, by what mixes no channels: text is projected first."""
+    pending, seen = [operand], set()
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, Node) or node in seen:
+            continue
+        if node in latest:
+            return True
+        seen.add(node)
+        pending.extend(() if node.target is aten.linear.default else node.all_input_nodes)
+    return False
 
 
 def _attention_region(site: AttentionSite, around: Surroundings) -> Region:

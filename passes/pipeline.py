@@ -109,9 +109,10 @@ def _rewrite(module: GraphModule, methods: Methods, hint: Grids | None, kept: Ma
     canonicalize(surgeon)
     sites_of, around = find_sites(result.graph, hint)
     sites = [site for site in sites_of.values() if isinstance(site, AttentionSite)]
+    attentions = sites_of | spelled_out(result.graph, around.learned)
     if any(isinstance(method, MergeMethod) and method.scope == "block" for method in methods):
-        sites_of |= with_blocks(result.graph, sites, around)
-    found = sorted((sites_of | spelled_out(result.graph, around.learned)).items(), key=itemgetter(0))
+        attentions |= with_blocks(result.graph, attentions, around)
+    found = sorted(attentions.items(), key=itemgetter(0))
     if hint is not None:
         unplaced = [site.tokens for site in sites_of.values() if isinstance(site, Unplaced)]
         check_hint(result.graph, hint, {site.x: site.tokens for site in sites}, unplaced)

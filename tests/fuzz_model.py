@@ -102,6 +102,8 @@ class Block(nn.Module):
         elif c["odd"] == "base_h":
             base, h = h, renamed(h, c["alias"])
             overwrite(base, c["write"])
+        if c["norm"] == "none" and c["odd"] in ("inplace_h", "inplace_h_view", "base_h"):
+            metrics = {**metrics, "auto": x, "input": x}  # what is attended to is no norm's output any more
         out, out_text = self.attn(x, metrics, y, env, text)
         if c["dual"] == "yes":
             out = out + self.attn2(x, metrics, None, env, None)[0]

@@ -225,3 +225,22 @@ def test_autocast_is_captured_on_its_own() -> None:
         assert len(fast.report.rewritten) == 3
     assert fast(SAMPLE, 1, TEXT).sample.dtype == plain.dtype
     assert (cast.float() - plain).norm() < 0.1 * plain.norm()
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.randn(2, 5, 16))
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return first + 2 * second + 3 * self.scale
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("given", ["twice", "as a view", "as a buffer"])
+def test_one_tensor_in_two_places_is_two_inputs(given: str, backend: str) -> None:
+    model = Sum().eval()
+    fast = bgx.optimize(model, method=(), backend=backend)
+    second = {"twice": TEXT, "as a view": TEXT[:], "as a buffer": model.scale}[given]
+    for one, other in ((TEXT, second), (TEXT, torch.randn(2, 5, 16)), (torch.randn(2, 5, 16), TEXT)):
+        torch.testing.assert_close(fast(one, other), model(one, other))

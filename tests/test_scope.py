@@ -22,20 +22,22 @@ GRID = (H, W)
 RATIO = 0.5
 MERGED = oracle.merged_count(GRID, (2, 2), RATIO)
 Plan = Callable[[Tensor], oracle.Plan]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Blocks(nn.Module):
     """Two blocks of self-attention, cross-attention and MLP, then a head without a residual join.
 
-    In `planned` mode every branch works on merged tokens, by the plan that its block's attention made.
+    In `planned` mode every branch works on merged tokens, by the plan that its block's attention made; but none of the
+    second block, where its attention is `refused`.
     """
 
-    def __init__(self, norm_before_cross: bool = True, gate: bool = False) -> None:
+    def __init__(self, norm_before_cross: bool = True, gate: bool = False, refused: Attend | None = None) -> None:
         super().__init__()
         self.embed, self.head = nn.Conv2d(3, C, 1), nn.Linear(C, 3)
         self.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(6))
         self.layers = nn.ModuleList(nn.Linear(C, C) for _ in range(20))
-        self.norm_before_cross, self.gate = norm_before_cross, gate
+        self.norm_before_cross, self.gate, self.refused = norm_before_cross, gate, refused
         self.planned: Plan | None = None
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
@@ -43,12 +45,13 @@ class Blocks(nn.Module):
         for block in range(2):
             norms = self.norms[3 * block : 3 * block + 3]
             layers = self.layers[10 * block : 10 * block + 10]
-            plan = None if self.planned is None else self.planned(h)
+            own = self.refused if block and self.refused else attend
+            plan = None if self.planned is None or own is not attend else self.planned(h)
 
             def branch(x: Tensor, run: Callable[[Tensor], Tensor], plan: oracle.Plan | None = plan) -> Tensor:
                 return run(x) if plan is None else oracle.unmerge(run(oracle.merge(x, plan)), plan)
 
-            h = h + branch(norms[0](h), lambda x, m=layers: m[3](attend(m[0](x), m[1](x), m[2](x))))
+            h = h + branch(norms[0](h), lambda x, m=layers, a=own: m[3](a(m[0](x), m[1](x), m[2](x))))
             y = norms[1](h) if self.norm_before_cross else h
             h = h + branch(y, lambda x, m=layers: m[7](attend(m[4](x), m[5](text), m[6](text))))
             scale = text.mean(1, keepdim=True).tanh() if self.gate else 1.0
@@ -104,6 +107,36 @@ def test_every_branch_of_a_block_runs_on_merged_tokens(norm_before_cross: bool, 
         expected = model(*inputs)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     assert (expected - dense).norm() > 1e-2 * dense.norm()
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return join(F.scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True))
+
+
+def spelled_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return join((heads(q) @ heads(k).mT).softmax(-1) @ heads(v))
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return join(heads(q).relu() @ (heads(k).relu().mT @ heads(v)))
+
+
+def mixing_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, k.cumsum(1), v)
+
+
+@pytest.mark.parametrize("refused", [causal, spelled_out, linear_attention, mixing_rows])
+def test_a_block_ends_at_an_attention_that_is_refused(refused: Attend) -> None:
+    torch.manual_seed(0)
+    model = Blocks(refused=refused)
+    inputs = torch.randn(2, 3, H, W), torch.randn(2, 5, C)
+    rewritten, output = run(model, bgx.LaplacianMerge(RATIO, scope="block"), *inputs)
+    first, *others = rewritten.records
+    assert (first.action, {record.action for record in others}) == ("merge", {"kept"})
+    assert merges(rewritten) == 3
+    with torch.no_grad():
+        model.planned = lambda metric: oracle.merge_plan(metric, GRID, (2, 2), MERGED)
+        torch.testing.assert_close(output, model(*inputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("scope", "merged"), [("block", True), ("attention", False)])

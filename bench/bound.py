@@ -25,13 +25,13 @@ from torch.utils import _pytree as pytree
 from bigain_fx import families
 from bigain_fx.bench import BenchError
 from bigain_fx.calls import CallBinder, flat_tensors
-from bigain_fx.capture import capture
 from bigain_fx.passes.axes import shape_of
 from bigain_fx.passes.flops import flops
 from bigain_fx.passes.methods import KVDownsample, Methods, ToDo
 from bigain_fx.passes.ops import PLANS
-from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.passes.surgery import Surgeon
+from bigain_fx.prepare import trace
+from bigain_fx.settings import Settings
 
 if TYPE_CHECKING:
     from bigain_fx.models import Workload
@@ -41,9 +41,10 @@ aten, bigain = torch.ops.aten, torch.ops.bigain
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound, ready to be called; ``flops`` are those of its graph, ``sites`` its rewritten attentions."""
+    """A bound, ready to be called; ``flops`` are those of its ``graph``, ``sites`` its rewritten attentions."""
 
     call: Callable[[], Any]
+    graph: GraphModule
     flops: int
     sites: int
 
@@ -74,20 +75,20 @@ def build(workload: Workload, methods: Methods, *, backend: str = "inductor", mo
         BigainError: whatever :func:`bigain_fx.optimize` raises for the same arguments.
     """
     arguments, _ = CallBinder(workload.model).bind(workload.args, workload.kwargs)
-    captured = capture(workload.model, arguments)
-    grid = families.grid_for(None, arguments, families.GridReader()(arguments)).grid
-    rewritten = rewrite(captured.module, families.resolve(methods, workload.model), grid)
+    settings, grid = Settings(backend, mode=mode), families.GridReader()(arguments)
+    resolved = families.resolve(methods, workload.model)
+    captured, rewritten = trace(
+        workload.model, resolved, settings, arguments, families.grid_for(None, arguments, grid).grid
+    )
     module = free(rewritten.module)
-    run: Callable[..., Any] = module
-    if backend != "eager":
-        run = torch.compile(module, fullgraph=True, dynamic=False, backend=backend, mode=mode)
-    inputs = flat_tensors(arguments)
+    free_flops = flops(module.graph.nodes)
+    run, inputs = settings.compile(module), flat_tensors(arguments)
 
     def call() -> Any:
         with torch.no_grad():
             return pytree.tree_unflatten(run(*inputs), captured.out_spec)
 
-    return Bound(call, flops(module.graph.nodes), sum(record.action != "kept" for record in rewritten.records))
+    return Bound(call, module, free_flops, sum(record.action != "kept" for record in rewritten.records))
 
 
 def free(module: GraphModule) -> GraphModule:

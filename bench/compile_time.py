@@ -32,8 +32,7 @@ from bigain_fx.models import KNOWN, Workload, example_inputs, load
 from bigain_fx.passes import checks
 from bigain_fx.passes.grammar import parse
 from bigain_fx.passes.methods import Methods
-from bigain_fx.passes.pipeline import rewrite
-from bigain_fx.regions import as_regions
+from bigain_fx.settings import Settings
 
 DENSE = "dense"
 METHODS = (DENSE, "bigain-tm:0.7", "bigain-tm:0.7:block", "bigain-tm:0.7+bigain-td:2")
@@ -150,10 +149,10 @@ def first_call(name: str, method: str, depth: int = 0) -> None:
     started = time.perf_counter()
     captured = capture(workload.model, arguments)
     at_capture = time.perf_counter()
-    rewritten = rewrite(captured.module, everywhere(method), workload.grid)
-    as_regions(rewritten.module)
+    settings = Settings()
+    rewritten = settings.rewrite(captured.module, everywhere(method), workload.grid)
+    compiled = settings.compile(rewritten.module)
     at_rewrite = time.perf_counter()
-    compiled = torch.compile(rewritten.module, fullgraph=True, dynamic=False)
     with torch.no_grad():
         outputs = compiled(*flat_tensors(arguments))
     called = time.perf_counter()

@@ -16,11 +16,10 @@ from bigain_fx.calls import check_inputs, flat_tensors
 from bigain_fx.capture import Captured, capture
 from bigain_fx.hooks import check_hooks, traced_hooks
 from bigain_fx.model_state import some
-from bigain_fx.passes.errors import CaptureError, GridError, InputError
+from bigain_fx.passes.errors import CaptureError, InputError
 from bigain_fx.passes.images import Hint
 from bigain_fx.passes.methods import Methods
-from bigain_fx.quantized import call_quantized
-from bigain_fx.regions import as_regions
+from bigain_fx.passes.pipeline import Rewritten
 from bigain_fx.report import Report
 from bigain_fx.settings import Settings
 
@@ -68,16 +67,15 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def prepare(
+def trace(
     model: nn.Module,
     methods: Methods,
     settings: Settings,
     arguments: Mapping[str, Any],
     grid: Hint | None,
     numbers: Mapping[str, Tensor] | None = None,
-    check: Callable[[], None] = lambda: None,
     plain: Mapping[str, Any] | None = None,
-) -> Prepared:
+) -> tuple[Captured, Rewritten]:
     """Capture ``model`` for ``arguments``, and rewrite the graph by ``methods``.
 
     Args:
@@ -87,7 +85,6 @@ def prepare(
         arguments: canonical keyword arguments.
         grid: of the image tokens, where it is known.
         numbers: float attributes of the model that become inputs, as for :func:`bigain_fx.capture.capture`.
-        check: called before the graph is compiled, and compiled again.
         plain: the arguments with numbers in the places of tensors that were made of them; the graph must give for
             these, and for ``numbers``, what the model gives.
 
@@ -104,16 +101,25 @@ def prepare(
         _check_numbers(model, captured, arguments, numbers or {}, plain)
     if hooked := traced_hooks(model):
         log.warning("%s: forward hooks are part of its graph, and are not called again: %s", name, some(hooked))
-    try:
-        rewritten = settings.rewrite(captured.module, methods, grid)
-    except GridError as error:
-        if settings.grid is not None:
-            raise
-        log.warning("%s: the grid that its inputs tell is not used: %s", name, error)
-        rewritten = settings.rewrite(captured.module, methods, None)
-    call_quantized(rewritten.module)
-    report = Report.of(name, methods, rewritten)
-    if settings.backend != "eager":
-        as_regions(rewritten.module)
+    return captured, settings.rewrite(captured.module, methods, grid, name)
+
+
+def prepare(
+    model: nn.Module,
+    methods: Methods,
+    settings: Settings,
+    arguments: Mapping[str, Any],
+    grid: Hint | None,
+    numbers: Mapping[str, Tensor] | None = None,
+    check: Callable[[], None] = lambda: None,
+    plain: Mapping[str, Any] | None = None,
+) -> Prepared:
+    """Return what runs ``model``, for arguments of the kinds of these; it is compiled when first called.
+
+    Arguments and errors are those of :func:`trace`; ``check`` is called before the graph is compiled, and compiled
+    again.
+    """
+    captured, rewritten = trace(model, methods, settings, arguments, grid, numbers, plain)
+    report = Report.of(type(model).__name__, methods, rewritten)
     run = settings.compile(rewritten.module, check)
     return Prepared(rewritten.module, run, captured.out_spec, report, captured.numbers)

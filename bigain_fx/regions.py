@@ -120,7 +120,8 @@ def _call_as_region(module: GraphModule, nodes: Sequence[Node], regions: dict[st
             later[node] = None
     inputs, outputs = boundary(nodes)
     weights = [operator.attrgetter(str(node.target))(module) for node in inputs if node.op == "get_attr"]
-    if any(source in later for source in inputs) or any(map(is_traceable_wrapper_subclass, weights)):
+    values = [*weights, *pytree.tree_leaves([node.meta["val"] for node in inputs])]
+    if any(source in later for source in inputs) or any(map(is_traceable_wrapper_subclass, values)):
         return
     memory = [root for node in (*inputs, *outputs) for root in roots(node)]
     storages = [weight.untyped_storage()._cdata for weight in weights]
@@ -165,6 +166,8 @@ def as_function(
     """``nodes`` as a module: ``outputs``, as a tuple, of ``inputs``; ``root`` has the layers that they call."""
     graph = Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
+    for node, copied in copies.items():
+        copied.meta["val"] = node.meta["val"]
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))

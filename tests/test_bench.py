@@ -131,6 +131,22 @@ def test_bound_has_the_shapes_of_its_method_and_no_plan(make: Callable[[], Workl
     assert built.flops > 0
 
 
+def regions_of(module: torch.fx.GraphModule) -> Counter[int]:
+    """How often each region is called."""
+    calls = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    return Counter(id(target) for target in calls if getattr(target, "__name__", "") == "region")
+
+
+@pytest.mark.parametrize("text", ["bigain-tm:0.7", "bigain-tm:0.7:block", "tome:0.7+bigain-td:2"])
+def test_bound_is_compiled_in_the_regions_of_its_method(text: str) -> None:
+    workload = dit_workload()
+    fast = bgx.optimize(workload.model, workload.args, workload.kwargs, method=parse(text), backend="aot_eager")
+    method = regions_of(fast.prepare(*workload.args, **workload.kwargs).graph)
+    free = regions_of(bound.build(workload, parse(text), backend="aot_eager").graph)
+    assert len(free) == len(method) - 1 > 0, "all but the plan"
+    assert set(free.values()) == set(method.values())
+
+
 @torch.no_grad()
 def test_bound_counts_the_flops_of_its_method_without_the_plan() -> None:
     workload = dit_workload()

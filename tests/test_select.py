@@ -69,7 +69,10 @@ def merges(report: bgx.Report) -> list[str]:
 
 
 @pytest.mark.parametrize(("method", "backend"), [(MERGE, "eager"), (MERGE, "inductor"), (BOTH, "eager")], ids=str)
-def test_on_a_tiny_grid_nothing_is_won_and_the_graph_is_the_dense_one(method: Any, backend: str) -> None:
+def test_where_nothing_is_won_the_graph_is_the_dense_one(
+    method: Any, backend: str, timed: Callable[..., list[int]]
+) -> None:
+    timed((0.010, 0.011))
     model, image = Separate().eval(), {"image": torch.randn(1, 3, H, W)}
     fast = optimized(method, model, image, backend=backend)
     assert [site.action for site in fast.report.sites] == ["kept"]
@@ -77,6 +80,15 @@ def test_on_a_tiny_grid_nothing_is_won_and_the_graph_is_the_dense_one(method: An
     assert not [node for node in fast.prepare(**image).graph.graph.nodes if "bigain" in str(node.target)]
     with torch.no_grad():
         torch.testing.assert_close(fast(**image), model(**image), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_the_times_are_those_of_this_device(backend: str) -> None:
+    fast = optimized(MERGE, Separate().eval(), {"image": torch.randn(1, 3, H, W)}, backend=backend)
+    (site,) = fast.report.sites
+    faster = site.action == "merge"
+    assert site.ms > 0
+    assert (site.ms_after < site.ms) if faster else ("no faster on this device: " in site.reason)
 
 
 @pytest.mark.parametrize("method", [MERGE, bgx.KVDownsample(2)], ids=str)

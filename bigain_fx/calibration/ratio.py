@@ -24,13 +24,14 @@ from bigain_fx.capture import capture
 from bigain_fx.denoiser import optimize
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.methods import MergeMethod
-from bigain_fx.passes.pipeline import Rewritten, rewrite
-from bigain_fx.quantized import call_quantized
+from bigain_fx.passes.pipeline import Rewritten
+from bigain_fx.settings import Settings
 
 TRIED = (1 / 3, 2 / 3, 1.0)
 """Shares of the largest ratio at which each attention is merged alone."""
 FINE = 24
 """The ratios to choose from: so many steps up to the largest."""
+EAGER = Settings("eager")
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,7 @@ class _Trial:
 
     def deviation(self, method: MergeMethod) -> tuple[Tensor, Rewritten]:
         """The mean squared deviation ``(timesteps,)`` float64, and the graph."""
-        rewritten = rewrite(self.captured.module, (method,), self.grid)
-        call_quantized(rewritten.module)
+        rewritten = EAGER.rewrite(self.captured.module, (method,), self.grid)
         squared = dict.fromkeys(self.timesteps, 0.0)
         with torch.no_grad():
             for step, dense, inputs in zip(self.steps, self.dense, self.inputs, strict=True):

@@ -7,6 +7,7 @@ import os
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
 
 from bigain_fx import demo_onnx, demo_report, embedded
 from bigain_fx.classify import DiffusionClassifier
@@ -26,6 +28,7 @@ from bigain_fx.embedded.data import Images, data_set
 from bigain_fx.passes.checks import told
 from bigain_fx.passes.errors import InputError, first_line
 from bigain_fx.passes.grammar import parse
+from bigain_fx.pictures import as_text
 from bigain_fx.sample import predict, sample
 from bigain_fx.stopwatch import interleaved
 
@@ -40,6 +43,7 @@ class Budget:
 
     Attributes:
         models: embedded denoisers.
+        exported: those of them that ONNX Runtime runs as well.
         batch: rows of every denoiser call.
         rows: rows of the ten digits to generate.
         steps, guidance: of the sampler.
@@ -48,17 +52,18 @@ class Budget:
     """
 
     models: tuple[str, ...] = ("mnist-dit", "mnist-unet")
+    exported: tuple[str, ...] = ("mnist-dit",)
     batch: int = 20
     rows: int = 2
     steps: int = 12
     guidance: float = 2.0
-    images: int = 60
+    images: int = 30
     pairs: int = 4
     rounds: int = 9
 
 
 FULL = Budget()
-QUICK = Budget(models=("mnist-dit",), rows=1, images=30)
+QUICK = Budget(models=("mnist-dit",), exported=(), rows=1, images=20)
 
 
 def run(out: Path, quick: bool = False, backend: str = "inductor") -> dict[str, Any]:
@@ -68,7 +73,7 @@ def run(out: Path, quick: bool = False, backend: str = "inductor") -> dict[str, 
 
     Args:
         out: made if it is not there.
-        quick: one denoiser, fewer images: under two minutes on two cores instead of under six.
+        quick: one denoiser, fewer images, no ONNX: about a minute and a half on two cores, not three.
         backend: anything ``torch.compile`` takes; ``"eager"`` needs no compiler.
 
     Returns:
@@ -82,11 +87,14 @@ def run(out: Path, quick: bool = False, backend: str = "inductor") -> dict[str, 
     budget = QUICK if quick else FULL
     make_folder(out)
     chosen = data_set("mnist").held_out.first(budget.images)
-    no_onnx = onnx_missing()
+    no_onnx = onnx_missing() if budget.exported else "a quick run leaves them out"
     if no_onnx:
         console.print(f"no ONNX rows: {no_onnx}", soft_wrap=True, markup=False)
-    with Progress(*COLUMNS, console=console) as progress:
-        found = {name: measure(name, budget, chosen, backend, progress, onnx=not no_onnx) for name in budget.models}
+    with Stages(*COLUMNS, console=console, disable=not console.is_terminal) as stages:
+        found = {
+            name: measure(name, budget, chosen, backend, stages, onnx=name in budget.exported and not no_onnx)
+            for name in budget.models
+        }
     measured = {name: variants for name, (variants, _) in found.items()}
     onnx_rows = {name: rows for name, (_, rows) in found.items()}
     seconds = time.perf_counter() - started
@@ -102,8 +110,18 @@ def run(out: Path, quick: bool = False, backend: str = "inductor") -> dict[str, 
     return summary
 
 
+class Stages(Progress):
+    """A bar for each stage, or a line when it begins where there is no terminal."""
+
+    def begin(self, stage: str, total: int) -> Callable[[], None]:
+        """Begin ``stage``; return what to call after each of its ``total`` steps."""
+        if self.disable:
+            self.console.print(f"{stage} ...", soft_wrap=True, markup=False)
+        return partial(self.advance, self.add_task(stage, total=total))
+
+
 def measure(
-    name: str, budget: Budget, data: Images, backend: str, progress: Progress, *, onnx: bool
+    name: str, budget: Budget, data: Images, backend: str, stages: Stages, *, onnx: bool
 ) -> tuple[list[Variant], list[dict[str, Any]]]:
     """Optimize the embedded denoiser ``name`` by each of :data:`METHODS` and measure the variants side by side.
 
@@ -120,47 +138,50 @@ def measure(
         predict, condition=bundle.condition, x=noisy, timesteps=timesteps, labels=data.labels[rows], batch=budget.batch
     )  # fmt: skip
 
-    task = progress.add_task(f"{name}: {'trace' if backend == 'eager' else 'compile'}", total=len(METHODS))
+    labels = torch.arange(10).repeat(budget.rows)
+    start = torch.randn((len(labels), *bundle.sample_shape), generator=generator)
+    calls = budget.steps * math.ceil(2 * len(labels) / budget.batch)
+
+    def generate(denoiser: nn.Module, progress: Callable[[], None]) -> Tensor:
+        images = sample(
+            denoiser, bundle, labels, steps=budget.steps, guidance=budget.guidance, noise=start, batch=budget.batch,
+            progress=progress,
+        )  # fmt: skip
+        return images.clamp(-1, 1)
+
+    first = generate(bundle.model, stages.begin(f"{name}: the first digits, dense and not compiled", calls))
+    stages.console.print(as_text(first[:10]), markup=False, highlight=False)
+
+    done = stages.begin(f"{name}: {'trace' if backend == 'eager' else 'compile'}", len(METHODS))
     variants, outputs, compile_seconds = [], [], []
     for method in METHODS:
         started = time.perf_counter()
         variants.append(optimize(bundle.model, method=parse(method), backend=backend))
         outputs.append(call(variants[-1]))
         compile_seconds.append(time.perf_counter() - started)
-        progress.advance(task)
+        done()
 
     exported = []
     if onnx:
-        task = progress.add_task(f"{name}: export to ONNX", total=1)
+        done = stages.begin(f"{name}: export to ONNX", 1)
         exported = demo_onnx.export(bundle, call, (noisy, timesteps, data.labels[rows]))
-        progress.advance(task)
+        done()
 
     timed = [*variants, *(item.denoiser for item in exported)]
-    task = progress.add_task(f"{name}: time", total=(1 + budget.rounds) * len(timed))
-    seconds = interleaved(
-        [partial(call, denoiser, progress=partial(progress.advance, task)) for denoiser in timed], budget.rounds
-    )
+    done = stages.begin(f"{name}: time", (1 + budget.rounds) * len(timed))
+    seconds = interleaved([partial(call, denoiser, progress=done) for denoiser in timed], budget.rounds)
     call_seconds, onnx_seconds = seconds[: len(variants)], seconds[len(variants) :]
 
-    labels = torch.arange(10).repeat(budget.rows)
-    noise = torch.randn((len(labels), *bundle.sample_shape), generator=generator)
-    calls = budget.steps * math.ceil(2 * len(labels) / budget.batch)
-    task = progress.add_task(f"{name}: generate", total=calls * len(METHODS))
-    generated = [
-        sample(
-            variant, bundle, labels, steps=budget.steps, guidance=budget.guidance, noise=noise, batch=budget.batch,
-            progress=partial(progress.advance, task),
-        ).clamp(-1, 1)
-        for variant in variants
-    ]  # fmt: skip
+    done = stages.begin(f"{name}: generate", calls * len(METHODS))
+    generated = [generate(variant, done) for variant in variants]
 
     calls = math.ceil(len(data) * budget.pairs * bundle.num_classes / budget.batch)
-    task = progress.add_task(f"{name}: classify", total=calls * len(METHODS))
+    done = stages.begin(f"{name}: classify", calls * len(METHODS))
     classified = [
         DiffusionClassifier(
             variant, bundle.scheduler, bundle.condition(torch.arange(bundle.num_classes)), n_samples=(budget.pairs,),
             to_keep=(1,), batch=budget.batch, seed=SEED,
-        )(data.images, progress=partial(progress.advance, task))
+        )(data.images, progress=done)
         for variant in variants
     ]  # fmt: skip
     reports = [variant.report for variant in variants]

@@ -48,3 +48,17 @@ def write(images: Tensor, folder: Path, names: Sequence[str]) -> None:
     for image, name in zip(images, names, strict=True):
         pixels = image.permute(1, 2, 0).cpu().numpy()
         Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(folder / f"{name}.png")
+
+
+def as_text(images: Tensor, across: int = 5) -> str:
+    """Draw ``images (n, 1, H, W)`` in [-1, 1] for a terminal, ``across`` a line, at half their size.
+
+    A letter is two pixels, one above the other; ``n`` is a multiple of ``across``.
+    """
+    small = torch.nn.functional.avg_pool2d(images, 2)
+    rows = [torch.cat(list(row[:, 0]), 1) > -0.3 for row in small.split(across)]
+    bright = torch.cat(rows).tolist()
+    return "\n".join(
+        "".join(" ▀▄█"[above + 2 * below] for above, below in zip(*pair, strict=True)).rstrip()
+        for pair in zip(bright[::2], bright[1::2], strict=True)
+    )

@@ -11,11 +11,14 @@ import torch
 
 import bigain_fx as bgx
 from bigain_fx import demo, demo_report, embedded
+from bigain_fx.pictures import as_text
 from bigain_fx.stopwatch import interleaved
 from tests.test_sample import _one_thread, tiny  # noqa: F401
 
 PICTURES = {"mnist-dit-digits.png", "accuracy-and-time.png"}
-TINY = demo.Budget(models=("mnist-dit",), batch=10, rows=1, steps=1, images=10, pairs=1, rounds=2)
+TINY = demo.Budget(
+    models=("mnist-dit",), exported=("mnist-dit",), batch=10, rows=1, steps=1, images=10, pairs=1, rounds=2
+)
 
 
 def untrained(name: str) -> embedded.ClassConditional:
@@ -63,7 +66,12 @@ def test_leaves_a_report_whose_numbers_agree(tmp_path: Path, capsys: pytest.Capt
     assert "a quick run without mnist-unet" in text
     assert "bigain-fx bench sd2" in text
     assert all(f"]({name})" in text for name in PICTURES)
-    assert "report.md" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "report.md" in printed
+    # Without a terminal a line says what is being done, and the first digits come before anything is compiled.
+    stages = ["first digits", "█", "trace ...", "export to ONNX ...", "time ...", "generate ...", "classify ..."]
+    places = [printed.index(stage) for stage in stages]
+    assert places == sorted(places)
 
 
 def test_every_variant_starts_from_the_same_noise_and_pairs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -79,6 +87,12 @@ def test_every_variant_starts_from_the_same_noise_and_pairs(monkeypatch: pytest.
     assert "No ONNX rows: onnx is not installed." in (tmp_path / "report.md").read_text()
     assert first["predicted"] == second["predicted"]
     assert (second["images_db"], second["output_db"]) == (None, None)
+
+
+def test_a_picture_as_text() -> None:
+    digit = torch.full((1, 1, 8, 4), -1.0)
+    digit[0, 0, :2, :2], digit[0, 0, 2:6, 2:], digit[0, 0, 6:] = 1.0, 1.0, 1.0
+    assert as_text(digit.expand(4, 1, 8, 4), across=2) == "\n".join(["▀▄▀▄", "▄█▄█"] * 2)
 
 
 @pytest.mark.usefixtures("tiny_demo")

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import bigain_fx as bgx
 from bigain_fx.calls import flat_tensors
 from bigain_fx.capture import capture
+from bigain_fx.passes.canonical import canonicalize
 from bigain_fx.passes.errors import CaptureError
 from bigain_fx.passes.memory import written, written_by
 from bigain_fx.passes.methods import Methods, normalize
@@ -442,3 +443,20 @@ def test_a_constant_is_made_before_it_is_used(order: str) -> None:
     both = surgeon.once("sum", made["a"], lambda: surgeon.emit(torch.ops.aten.add.Tensor, (made["a"], made["b"]), like))
     assert max(made.values()) < both
     surgeon.graph.lint()
+
+
+@pytest.mark.parametrize("write", [False, True], ids=["read", "written"])
+def test_equal_views_are_one_unless_one_is_written(write: bool) -> None:
+    class Twice(nn.Module):
+        def forward(self, angles: Tensor) -> Tensor:
+            angles = angles + 0
+            first = angles.unsqueeze(1)
+            second = angles.unsqueeze(1)
+            if write:
+                first.copy_(torch.zeros_like(first))
+            return first * 2 + second
+
+    surgeon = Surgeon(capture(Twice().eval(), {"angles": torch.randn(2, 3)}).module)
+    canonicalize(surgeon)
+    views = surgeon.graph.find_nodes(op="call_function", target=torch.ops.aten.unsqueeze.default)
+    assert len(views) == 1 + write

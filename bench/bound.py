@@ -32,6 +32,7 @@ from bigain_fx.passes.methods import KVDownsample, Methods, ToDo
 from bigain_fx.passes.ops import PLANS
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.passes.surgery import Surgeon
+from bigain_fx.passes.where import where_text
 
 if TYPE_CHECKING:
     from bigain_fx.models import Workload
@@ -63,7 +64,8 @@ def bound_name(methods: Methods) -> str | None:
             ratio = "/".join(f"{ratio:g}" for ratio in method.ratios)
             part = f"merge:{ratio}" + (f":cell={method.cell[0]}x{method.cell[1]}" * (method.cell != (2, 2)))
             part += f":{method.scope}" * (method.scope != "attention")
-        parts.append(part + f":levels={method.levels or 'all'}" * (method.levels != 1))
+        part += f":levels={method.levels or 'all'}" * (method.levels != 1)
+        parts.append(part + (f":where={where_text(method.where)}" if method.where is not None else ""))
     return "bound:" + "+".join(parts) if parts else None
 
 

@@ -195,7 +195,7 @@ def _compile(chosen: Options, frame: Frame, gm: GraphModule, example_inputs: Seq
     methods = resolve(chosen.methods, frame.model)
     captured = _lower(gm, inputs, names)
     try:
-        rewritten = rewrite(captured, methods, chosen.grid)
+        rewritten = rewrite(captured, methods, chosen.grid, fragment=True)
     except RewriteError as error:
         raise RewriteError(f"{error} (a number is no input of a compiled graph: pass it as a tensor)") from None
     report = Report.of(frame.name, methods, rewritten)

@@ -6,7 +6,7 @@ A pattern is matched with the whole name, as :func:`fnmatch.fnmatchcase` does: `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -26,8 +26,9 @@ def as_where(value: Any) -> Where:
     Raises:
         MethodError: it is neither a pattern, nor a tuple of some, nor a function, nor None.
     """
-    if value is None or (callable(value) and isinstance(value, Hashable)):
-        return value  # type: ignore[no-any-return]
+    if value is None or (callable(value) and getattr(value, "__hash__", None) is not None):
+        given: Where = value
+        return given
     patterns = value if isinstance(value, tuple) else (value,)
     if not patterns or not all(isinstance(pattern, str) and pattern.strip() for pattern in patterns):
         right = (

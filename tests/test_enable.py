@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, MultiControlNetModel, StableDiffusionPipeline
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    KandinskyV22CombinedPipeline,
+    MultiControlNetModel,
+    PriorTransformer,
+    StableDiffusionPipeline,
+    UnCLIPScheduler,
+)
 from torch import Tensor, nn
 
 import bigain_fx as bgx
@@ -91,24 +98,40 @@ def test_several_controlnets() -> None:
     assert [*pipe.controlnet.nets] == nets
 
 
-class Combined(DiffusionPipeline):
-    """Two pipelines that hold the parts of a third, as Kandinsky and Stable Cascade have them."""
+class Two(DiffusionPipeline):
+    """A pipeline of two models, which calls neither."""
 
     def __init__(self, transformer: Any, transformer_2: Any) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, transformer_2=transformer_2)
-        self.inner = SimpleNamespace(components={"prior": transformer_2}, prior=transformer_2)
 
 
-def test_two_transformers_and_pipelines_in_pipelines() -> None:
-    """A prior that both hold is one denoiser, optimized once."""
+def test_two_transformers() -> None:
     transformers = [built(BY_NAME["dit"]).transformer for _ in range(2)]
-    pipe = bgx.enable(Combined(*transformers), **EAGER)
-    assert pipe.inner.prior is pipe.transformer_2
+    pipe = bgx.enable(Two(*transformers), **EAGER)
     assert [pipe.transformer.original, pipe.transformer_2.original] == transformers
     assert list(bgx.summary(pipe).reports) == ["transformer", "transformer_2"]
     bgx.disable(pipe)
-    assert [pipe.transformer, pipe.transformer_2, pipe.inner.prior] == [*transformers, transformers[1]]
+    assert [pipe.transformer, pipe.transformer_2] == transformers
+
+
+def test_pipelines_in_a_pipeline() -> None:
+    """Kandinsky's parts are called by two pipelines that it holds: each is one denoiser, in two places."""
+    prior = PriorTransformer(num_attention_heads=2, attention_head_dim=4, embedding_dim=8, num_layers=1).eval()
+    empty = ("prior_image_encoder", "prior_text_encoder", "prior_tokenizer", "prior_image_processor")
+    unet = pipes.unet()
+    pipe = KandinskyV22CombinedPipeline(
+        unet=unet, scheduler=DDPMScheduler(), movq=pipes.vae(), prior_prior=prior, prior_scheduler=UnCLIPScheduler(),
+        **dict.fromkeys(empty),
+    )  # fmt: skip
+    bgx.enable(pipe, **EAGER)
+    assert list(bgx.summary(pipe).reports) == ["unet", "prior_prior"]
+    assert pipe.decoder_pipe.unet is pipe.unet
+    assert pipe.unet.original is unet
+    assert pipe.prior_pipe.prior is pipe.prior_prior
+    assert pipe.prior_prior.original is prior
+    bgx.disable(pipe)
+    assert [pipe.unet, pipe.decoder_pipe.unet, pipe.prior_prior, pipe.prior_pipe.prior] == [unet, unet, prior, prior]
 
 
 @pytest.mark.parametrize("refused", ["train", "compiled", "hooked", "method"])
@@ -139,8 +162,8 @@ def test_what_is_no_pipeline_is_refused(call: Any, given: Any) -> None:
 
 
 def test_a_pipeline_without_a_denoiser_is_refused() -> None:
-    with pytest.raises(bgx.InputError, match="pipe=Combined has no denoiser: no part of it takes a timestep"):
-        bgx.enable(Combined(pipes.vae(), nn.Linear(2, 2)), method=METHOD)
+    with pytest.raises(bgx.InputError, match="pipe=Two has no denoiser: no part of it takes a timestep"):
+        bgx.enable(Two(pipes.vae(), nn.Linear(2, 2)), method=METHOD)
 
 
 @pytest.mark.parametrize("first", ["offload", "enable"])

@@ -158,6 +158,8 @@ for name, values in {
     "args": POSITIONAL, "kwargs": MAPPING,
 }.items():  # fmt: skip
     bad(f"optimize {name}", values, lambda value, name=name: optimized(**{name: value}))
+bad("preset kind", [*CHOICE, None], lambda value: bgx.preset(model(), value))
+bad("enable pipe", of(None, 5, "sd", nn.Linear, {"unet": model()}), lambda value: bgx.enable(value, method=MERGE))
 bad("optimize mode", of(5, True, "fast", ["max-autotune"]), lambda value: optimized(backend="inductor", mode=value))
 bad("optimize mode of eager", ["max-autotune", "reduce-overhead"], lambda value: optimized(mode=value))
 bad("optimize mode of a function", ["max-autotune"], lambda value: optimized(backend=lambda g, _: g, mode=value))

@@ -30,6 +30,7 @@ from bigain_fx.passes.flops import flops
 from bigain_fx.passes.methods import KVDownsample, Methods, ToDo
 from bigain_fx.passes.ops import PLANS
 from bigain_fx.passes.surgery import Surgeon
+from bigain_fx.passes.where import where_text
 from bigain_fx.prepare import trace
 from bigain_fx.settings import Settings
 
@@ -64,7 +65,8 @@ def bound_name(methods: Methods) -> str | None:
             ratio = "/".join(f"{ratio:g}" for ratio in method.ratios)
             part = f"merge:{ratio}" + (f":cell={method.cell[0]}x{method.cell[1]}" * (method.cell != (2, 2)))
             part += f":{method.scope}" * (method.scope != "attention")
-        parts.append(part + f":levels={method.levels or 'all'}" * (method.levels != 1))
+        part += f":levels={method.levels or 'all'}" * (method.levels != 1)
+        parts.append(part + (f":where={where_text(method.where)}" if method.where is not None else ""))
     return "bound:" + "+".join(parts) if parts else None
 
 

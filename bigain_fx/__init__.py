@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         RewriteError,
     )
     from bigain_fx.passes.methods import BlockPool, KVDownsample, LaplacianMerge, LinearAlpha, ToDo, ToMe
+    from bigain_fx.pipelines import Summary, disable, enable, summary
+    from bigain_fx.presets import preset
     from bigain_fx.report import Report
 
 __version__ = "0.1.0"
@@ -35,6 +37,8 @@ _HOMES = {
         "BigainError", "CaptureError", "ExportError", "GridError", "InputError", "MethodError", "RewriteError",
     ),
     "bigain_fx.passes.methods": ("BlockPool", "KVDownsample", "LaplacianMerge", "LinearAlpha", "ToDo", "ToMe"),
+    "bigain_fx.pipelines": ("Summary", "disable", "enable", "summary"),
+    "bigain_fx.presets": ("preset",),
     "bigain_fx.report": ("Report",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -43,8 +47,9 @@ __all__ = [
     "AlphaCalibration", "BigainError", "BlockPool", "CaptureError", "Classification", "DiffusionClassifier",
     "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha",
     "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "RatioCalibration", "Report", "RewriteError",
-    "ToDo", "ToMe",
-    "calibrate", "export_onnx", "export_package", "inspect", "load_package", "optimize",
+    "Summary", "ToDo", "ToMe",
+    "calibrate", "disable", "enable", "export_onnx", "export_package", "inspect", "load_package", "optimize", "preset",
+    "summary",
 ]  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from bigain_fx.families import GridReader, grid_for, resolve
 from bigain_fx.passes import checks
 from bigain_fx.passes.errors import CaptureError, InputError, MethodError, RewriteError, first_line
 from bigain_fx.passes.images import Hint, as_grids
-from bigain_fx.passes.methods import Methods, normalize
+from bigain_fx.passes.methods import LinearAlpha, Methods, normalize
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.regions import own_cache
 from bigain_fx.report import Report, announce
@@ -195,9 +195,11 @@ def _compile(chosen: Options, frame: Frame, gm: GraphModule, example_inputs: Seq
     methods = resolve(chosen.methods, frame.model)
     captured = _lower(gm, inputs, names)
     try:
-        rewritten = rewrite(captured, methods, chosen.grid)
+        rewritten = rewrite(captured, methods, chosen.grid, fragment=True)
     except RewriteError as error:
-        raise RewriteError(f"{error} (a number is no input of a compiled graph: pass it as a tensor)") from None
+        scheduled = any(isinstance(getattr(method, "alpha", None), LinearAlpha) for method in methods)
+        hint = " (a number is no input of a compiled graph: pass it as a tensor)" if scheduled else ""
+        raise RewriteError(f"{error}{hint}") from None
     report = Report.of(frame.name, methods, rewritten)
     announce(report)
     log.debug("%s", report)

@@ -131,7 +131,7 @@ def export(
     workload = load(model, size=size, batch=batch, dtype=getattr(torch, dtype))
     make_folder(out)
     for text, method in parsed.items():
-        path = out / f"{Path(model).resolve().name}-{text.replace(':', '-')}.{format}"
+        path = out / f"{Path(model).resolve().name}-{text.replace(':', '-').replace('/', '-')}.{format}"
         if format == Format.onnx:
             print(
                 bgx.export_onnx(

@@ -158,7 +158,8 @@ def optimize(
         InputError: ``model`` is no module, in train mode, compiled, optimized or hooked, or the inputs do not suit it.
         CaptureError: ``torch.export`` cannot capture it.
         GridError: ``grid`` does not fit.
-        RewriteError: an alpha schedule, and no timestep input; ratios that are more or fewer than attentions.
+        RewriteError: an alpha schedule, and no timestep input; ratios that are more or fewer than attentions; a
+            ``where`` that matches no attention.
     """
     methods = normalize(method)
     if not isinstance(model, nn.Module):

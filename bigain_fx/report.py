@@ -11,7 +11,7 @@ from typing import Any
 
 from bigain_fx.passes.images import as_grids, text_of
 from bigain_fx.passes.methods import Method, Methods
-from bigain_fx.passes.pipeline import Rewritten, SiteRecord
+from bigain_fx.passes.pipeline import Rewritten, SiteRecord, left_out
 
 log = logging.getLogger("bigain_fx")
 
@@ -117,8 +117,8 @@ class Report:
 
 
 def _meant(site: SiteRecord, method: Method) -> bool:
-    """Whether ``method`` is for an attention like this one: over an image, on a grid of its levels."""
-    return site.level is not None and (method.levels is None or site.level <= method.levels)
+    """Whether ``method`` is for an attention like this one: over an image, and not left out."""
+    return site.level is not None and left_out(method, site) is None
 
 
 def general(reason: str) -> str:

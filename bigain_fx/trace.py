@@ -25,6 +25,7 @@ from bigain_fx.passes.grammar import parse
 from bigain_fx.passes.images import as_grids, as_hint, tokens_on
 from bigain_fx.passes.kv import TIMESTEP_INPUTS
 from bigain_fx.passes.methods import Method, Methods
+from bigain_fx.passes.where import where_text
 from bigain_fx.report import Report
 
 Example = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -100,8 +101,9 @@ def _text(methods: Methods) -> str:
 
 def _as_python(method: Method) -> str:
     """A call that makes ``method``, without what is its default."""
-    given = [f"{item.name}={getattr(method, item.name)!r}" for item in fields(method)
-             if getattr(method, item.name) != item.default]  # fmt: skip
+    values = {item.name: getattr(method, item.name) for item in fields(method)
+              if getattr(method, item.name) != item.default}  # fmt: skip
+    given = [f"{name}={where_text(value) if callable(value) else repr(value)}" for name, value in values.items()]
     return f"{type(method).__name__}({', '.join(given)})"
 
 

@@ -2,7 +2,8 @@
 
 ``dense``, ``tome:0.7``, ``bigain-tm:0.7``, ``bigain-tm:0.7:block``, ``block-pool:0.5``, ``todo:2``, ``bigain-td:2``,
 ``bigain-td:2:0.9``, ``bigain-td:2:0.8..1.2``, ``bigain-tm:0.2/0.75/0.5``. Any other field is set by name, as in
-``bigain-tm:0.7:cell=3x3:levels=all``; ``+`` joins a merge with a downsampling, ``,`` lists. Methods print so too.
+``bigain-tm:0.7:cell=3x3:levels=all`` or ``bigain-td:2:where=down_blocks.*/up_blocks.*``; ``+`` joins a merge with a
+downsampling, ``,`` lists. Methods print so too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bigain_fx.passes.methods import (
     ToMe,
     normalize,
 )
+from bigain_fx.passes.where import read_where
 
 SYNTAX = (
     "dense, tome:RATIO[:block], bigain-tm:RATIO[:block], block-pool:RATIO, todo:FACTOR or bigain-td:FACTOR[:ALPHA or "
@@ -86,6 +88,8 @@ def _value(field: str, text: str) -> Any:
             return int(text)
         case "proportional":
             return {"true": True, "false": False}.get(text, text)
+        case "where":
+            return read_where(text)
         case "levels":
             return None if text == "all" else int(text)
         case "cell":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from bigain_fx.passes import checks
 from bigain_fx.passes.errors import MethodError
+from bigain_fx.passes.where import Where, as_where, where_text
 
 MERGE, KV = "merge", "kv"
 CHOICES = {
@@ -68,6 +69,7 @@ class _Merge:
     ratio: float | tuple[float, ...] = 0.7
     cell: tuple[int, int] = (2, 2)
     levels: int | None = 1
+    where: Where = field(default=None, kw_only=True)
     scope: str = "attention"
     align: str = "sample"
     metric: str = "auto"
@@ -89,6 +91,7 @@ class _Merge:
                 raise MethodError(f"ratio={ratio!r} must be between 0 and {cap:g} for cell={self.cell}")
         _keep(self, "ratio", ratios if isinstance(self.ratio, tuple) else ratios[0])
         _keep(self, "levels", _positive_or_none("levels", self.levels, "all"))
+        _keep(self, "where", as_where(self.where))
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -121,9 +124,13 @@ class LaplacianMerge(_Match):
 
     Attributes:
         ratio: share of the tokens that merge away, from 0 to ``1 - 1 / (rows * columns)``; or one for each
-            self-attention on the grids of ``levels``, in the order in which they run (:func:`bigain_fx.calibrate`).
+            self-attention that ``levels`` and ``where`` leave, in the order in which they run
+            (:func:`bigain_fx.calibrate`).
         cell: (rows, columns) of tokens that elect one destination.
         levels: how many of the finest image grids to merge on; None is all of them.
+        where: which attentions to merge in: a glob pattern of their names, such as ``"transformer_blocks.[1-5].*"``, a
+            tuple of patterns, or a function that answers for the record of an attention (``docs/operators.md``, "Where
+            they apply"); None is all of them.
         scope: ``"attention"`` (the paper), or ``"block"``: every branch of the residual stream from one self-attention
             to the next, cross-attention and MLP too, works on the merged tokens.
         align: ``"sample"`` plans each sample of a batch on its own; ``"batch"`` makes one plan for all of them, from
@@ -154,7 +161,8 @@ class ToMe(_Match):
     """ToMe for diffusion, the baseline: as :class:`LaplacianMerge`, with destinations that ignore the image.
 
     Attributes:
-        ratio, cell, levels, scope, align, metric, reduce, proportional, unmerge, window: as in :class:`LaplacianMerge`.
+        ratio, cell, levels, where, scope, align, metric, reduce, proportional, unmerge, window: as in
+            :class:`LaplacianMerge`.
         destination: ``"random"``, one draw per graph and grid from ``seed``, or ``"top-left"`` of each cell.
         seed: of the draw.
     """
@@ -175,7 +183,7 @@ class BlockPool(_Merge):
 
     Attributes:
         ratio: share of the tokens that go, rounded down to whole cells.
-        cell, levels, scope, align, metric, reduce, proportional, unmerge: as in :class:`LaplacianMerge`.
+        cell, levels, where, scope, align, metric, reduce, proportional, unmerge: as in :class:`LaplacianMerge`.
     """
 
     name: ClassVar[str] = "block-pool"
@@ -189,6 +197,7 @@ class KVDownsample:
         factor: per axis, at least 2; keys and values fall by its square. It need not divide the grid's sides.
         alpha: a finite number (0 pools, 1 takes the nearest, above 1 extrapolates) or a :class:`LinearAlpha`.
         levels: how many of the finest image grids to downsample on; None is all of them.
+        where: which attentions to downsample in, as in :class:`LaplacianMerge`.
     """
 
     kind: ClassVar[str] = KV
@@ -197,12 +206,14 @@ class KVDownsample:
     factor: int = 2
     alpha: float | LinearAlpha = 0.9
     levels: int | None = 1
+    where: Where = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         _keep(self, "factor", checks.integer("factor", self.factor, least=2, error=MethodError))
         if not isinstance(self.alpha, LinearAlpha):
             _keep(self, "alpha", _number("alpha", self.alpha))
         _keep(self, "levels", _positive_or_none("levels", self.levels, "all"))
+        _keep(self, "where", as_where(self.where))
 
     def __str__(self) -> str:
         alpha = self.alpha
@@ -215,7 +226,7 @@ class ToDo:
     """ToDo, the baseline: nearest-neighbour downsampling of keys and values (alpha 1).
 
     Attributes:
-        factor, levels: as in :class:`KVDownsample`.
+        factor, levels, where: as in :class:`KVDownsample`.
     """
 
     kind: ClassVar[str] = KV
@@ -224,11 +235,12 @@ class ToDo:
     alpha: ClassVar[float] = 1.0
     factor: int = 2
     levels: int | None = 1
+    where: Where = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        checked = KVDownsample(self.factor, self.alpha, self.levels)
-        _keep(self, "factor", checked.factor)
-        _keep(self, "levels", checked.levels)
+        checked = KVDownsample(self.factor, self.alpha, self.levels, where=self.where)
+        for name in ("factor", "levels", "where"):
+            _keep(self, name, getattr(checked, name))
 
     def __str__(self) -> str:
         return _text(self, f"{self.factor}")
@@ -265,15 +277,19 @@ def normalize(method: Method | Iterable[Method] | None) -> Methods:
 def _text(method: _Merge | KVMethod, leading: str) -> str:
     """As :mod:`bigain_fx.passes.grammar` reads it: the name, ``leading``, and what is not the default."""
     parts = [method.name, leading]
-    for field in fields(method):
-        value = getattr(method, field.name)
-        if field.name in LEADING or value == field.default:
+    for item in fields(method):
+        value = getattr(method, item.name)
+        if item.name in LEADING or value == item.default:
             continue
-        shown = (
-            "x".join(map(str, value)) if isinstance(value, tuple) else "all" if value is None else str(value).lower()
-        )
-        parts.append(shown if field.name == "scope" else f"{field.name}={shown}")
+        shown = _shown(item.name, value)
+        parts.append(shown if item.name == "scope" else f"{item.name}={shown}")
     return ":".join(parts)
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "where":
+        return where_text(value)
+    return "x".join(map(str, value)) if isinstance(value, tuple) else "all" if value is None else str(value).lower()
 
 
 def _keep(method: object, name: str, value: object) -> None:

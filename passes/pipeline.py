@@ -26,6 +26,7 @@ from bigain_fx.passes.methods import KV, MERGE, MergeMethod, Method, Methods
 from bigain_fx.passes.sites import AttentionSite, Unplaced, find_sites, module_name
 from bigain_fx.passes.spelled import spelled_out
 from bigain_fx.passes.surgery import Surgeon
+from bigain_fx.passes.where import check_names, leaves_out, where_text
 
 REWRITES: Mapping[str, ModuleType] = {KV: kv, MERGE: merge}
 """The rewrites in the order in which they are applied: merging then takes keys and values as it finds them."""
@@ -71,7 +72,12 @@ class Rewritten:
 
 
 def rewrite(
-    module: GraphModule, methods: Methods = (), grid: Hint | None = None, kept: Mapping[int, str] | None = None
+    module: GraphModule,
+    methods: Methods = (),
+    grid: Hint | None = None,
+    kept: Mapping[int, str] | None = None,
+    *,
+    fragment: bool = False,
 ) -> Rewritten:
     """Apply ``methods`` to a copy of ``module``; weights are shared, ``module`` stays as it is.
 
@@ -81,14 +87,16 @@ def rewrite(
         grid: ``(rows, columns)`` of image tokens at the finest resolution, for graphs that cannot tell; a list of these
             where several images lie one behind another.
         kept: why an attention is to be left as it is, by its place among the records.
+        fragment: whether the graph may be a part of the model: then ``where`` may name attentions that are not in it.
 
     Raises:
         GridError: a hint that contradicts the graph or fits no attention.
-        RewriteError: an alpha schedule without a timestep input, or ratios that are more or fewer than attentions.
+        RewriteError: an alpha schedule without a timestep input; ratios that are more or fewer than attentions; a
+            ``where`` that matches no attention, or raises an error.
     """
     grids = None if grid is None else as_grids(grid)
     with _uncollected():
-        return _rewrite(module, methods, grids, kept or {})
+        return _rewrite(module, methods, grids, kept or {}, fragment)
 
 
 @contextmanager
@@ -103,7 +111,9 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _rewrite(module: GraphModule, methods: Methods, hint: Grids | None, kept: Mapping[int, str]) -> Rewritten:
+def _rewrite(
+    module: GraphModule, methods: Methods, hint: Grids | None, kept: Mapping[int, str], fragment: bool
+) -> Rewritten:
     result = GraphModule(module, copy.deepcopy(module.graph))
     surgeon = Surgeon(result)
     canonicalize(surgeon)
@@ -117,29 +127,37 @@ def _rewrite(module: GraphModule, methods: Methods, hint: Grids | None, kept: Ma
         unplaced = [site.tokens for site in sites_of.values() if isinstance(site, Unplaced)]
         check_hint(result.graph, hint, {site.x: site.tokens for site in sites}, unplaced)
     finest = sorted({site.grids for site in sites}, key=lambda grids: (-tokens_on(grids), grids))
-    names = [module_name(node) for node, _ in found]
-    rows = [site.tokens if isinstance(site, AttentionSite) else _rows(node) for node, site in found]
-    each = {method.kind: _for_each(method, sites, finest) for method in methods}
     before, flops_before = _module_flops(result.graph), flops(result.graph.nodes)
+    names = [module_name(node) for node, _ in found]
+    uses = Counter(names)
+    dense = {}
+    for name, (node, site) in zip(names, found, strict=True):
+        grids = site.grids if isinstance(site, AttentionSite) else None
+        tokens = site.tokens if isinstance(site, AttentionSite) else _rows(node)
+        share = before[name] // uses[name]
+        dense[node] = SiteRecord(name, "kept", "", tokens, tokens, as_hint(grids) if grids else None,
+                                 finest.index(grids) + 1 if grids else None, share, share)  # fmt: skip
+    for method in methods:
+        if not fragment:
+            check_names(method.where, names)
+    each = [_for_each(method, {site.sdpa: dense[site.sdpa] for site in sites}) for method in methods]
     outcomes: list[tuple[str, str, int]] = []
     # The last first: what a site reads is then still what it was found to read.
-    for place, ((node, site), tokens) in reversed(list(enumerate(zip(found, rows, strict=True)))):
+    for place, (node, site) in reversed(list(enumerate(found))):
+        tokens = dense[node].tokens
         if place in kept:
             outcomes.append(("kept", kept[place], tokens))
         elif isinstance(site, Refusal):
             outcomes.append(("kept", f"{site.reason} (at {site.node})", tokens))
         else:
-            chosen = [each[method.kind].get(node, method) for method in methods]
-            outcomes.append(_rewrite_site(surgeon, site, finest.index(site.grids), chosen))
+            outcomes.append(_rewrite_site(surgeon, site, [chosen[node] for chosen in each]))
     outcomes.reverse()
     surgeon.finish()
     after = _module_flops(result.graph)
-    uses = Counter(names)
-    places = [site.grids if isinstance(site, AttentionSite) else None for _, site in found]
     records = tuple(
-        SiteRecord(name, action, reason, tokens, left, as_hint(grids) if grids else None,
-                   finest.index(grids) + 1 if grids else None, before[name] // uses[name], after[name] // uses[name])
-        for name, (action, reason, left), tokens, grids in zip(names, outcomes, rows, places, strict=True)
+        replace(record, action=action, reason=reason, tokens_after=left,
+                flops_after=after[record.name] // uses[record.name])
+        for record, (action, reason, left) in zip(dense.values(), outcomes, strict=True)
     )  # fmt: skip
     return Rewritten(result, records, flops_before, flops(result.graph.nodes))
 
@@ -150,30 +168,49 @@ def _rows(attention: Node) -> int:
     return shape_of(queries)[-2] if attention.target is SDPA else max(shape_of(queries)[-2:], default=0)
 
 
-def _for_each(method: Method, sites: Sequence[AttentionSite], finest: Sequence[Grids]) -> dict[Node, Method]:
-    """``method`` as it is at the attentions of its levels.
+def left_out(method: Method, record: SiteRecord) -> str | None:
+    """Return why ``method`` is not meant for the self-attention of ``record``, or None: its grid's level, ``where``.
+
+    Raises:
+        RewriteError: ``where`` is a function, and raises an error.
+    """
+    if leaves_out(method.where, record):
+        return f"where={where_text(method.where)} leaves it out"
+    if method.levels is None or record.level is None or record.level <= method.levels:
+        return None
+    return f"level {record.level} of the grids, finest first; levels={method.levels}"
+
+
+def _for_each(method: Method, sites: Mapping[Node, SiteRecord]) -> dict[Node, Method | str]:
+    """Return ``method`` as it is at each of ``sites``, or why it is not meant for that one.
 
     Raises:
         RewriteError: it has a ratio for each attention, and there are more or fewer.
     """
-    mine = sorted(site.sdpa for site in sites if not _out_of_level(method, finest.index(site.grids)))
+    chosen: dict[Node, Method | str] = {node: left_out(method, record) or method for node, record in sites.items()}
     if not isinstance(method, MergeMethod) or not isinstance(method.ratio, tuple):
-        return dict.fromkeys(mine, method)
+        return chosen
+    mine = sorted(node for node, item in chosen.items() if item is method)
     if len(method.ratio) != len(mine):
+        where = "" if method.where is None else f" that where={where_text(method.where)} leaves"
         raise RewriteError(
             f"ratio={method.ratio!r} has {len(method.ratio)} numbers, and the graph {len(mine)} self-attentions on the "
-            f"grids of levels={method.levels}"
+            f"grids of levels={method.levels}{where}"
         )
-    return {node: replace(method, ratio=ratio) for node, ratio in zip(mine, method.ratio, strict=True)}
+    return chosen | {node: replace(method, ratio=ratio) for node, ratio in zip(mine, method.ratio, strict=True)}
 
 
-def _rewrite_site(surgeon: Surgeon, site: AttentionSite, level: int, methods: Sequence[Method]) -> tuple[str, str, int]:
-    """Apply every method that fits; return the action, the reasons of those that do not, and the tokens left."""
+def _rewrite_site(surgeon: Surgeon, site: AttentionSite, methods: Sequence[Method | str]) -> tuple[str, str, int]:
+    """Apply every method that fits; return the action, the reasons of those that do not, and the tokens left.
+
+    A method that is not meant for ``site`` is given as the reason why.
+    """
     reasons: list[str] = [] if methods else ["no method"]
     chosen: dict[str, Method] = {}
     for method in methods:
-        reason = _out_of_level(method, level) or REWRITES[method.kind].refuse(site, method)
-        if method.idle or reason:
+        if isinstance(method, str):
+            reasons.append(method)
+        elif (reason := REWRITES[method.kind].refuse(site, method)) or method.idle:
             reasons.append(reason or "ratio 0")
         else:
             chosen[method.kind] = method
@@ -182,12 +219,6 @@ def _rewrite_site(surgeon: Surgeon, site: AttentionSite, level: int, methods: Se
         tokens = REWRITES[kind].tokens_after(site, method)
         site = REWRITES[kind].apply(surgeon, site, method)
     return "+".join(sorted(chosen, reverse=True)) or "kept", "; ".join(dict.fromkeys(reasons)), tokens
-
-
-def _out_of_level(method: Method, level: int) -> str | None:
-    if method.levels is None or level < method.levels:
-        return None
-    return f"level {level + 1} of the grids, finest first; levels={method.levels}"
 
 
 def _module_flops(graph: Graph) -> Counter[str]:

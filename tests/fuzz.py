@@ -328,7 +328,8 @@ def judge(case: Case, records: Sequence[SiteRecord]) -> list[str]:
         grid = case.grid(record.name)
         if action != "kept" and record.grid != grid:
             problems.append(f"{record.name}: grid {record.grid}, not {grid}")
-        fitting = {m.kind for m in case.methods if fits(m, grid, math.prod(grid) == finest)}
+        chosen = [m for m in case.methods if m.where is None or m.where(record)]
+        fitting = {m.kind for m in chosen if fits(m, grid, math.prod(grid) == finest)}
         sure = {m.kind for m in case.methods if case.sure(m, record.name)}
         done = set(action.split("+")) - {"kept"}
         if verdict == MUST and not done >= fitting & sure:

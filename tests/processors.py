@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,10 +150,11 @@ def apply(
     *,
     merge: Merge | None = None,
     downsample: Downsample | None = None,
+    only: Collection[str] | None = None,
 ) -> tuple[nn.Module, dict[str, str]]:
     """A copy of ``model`` with the operators in its self-attentions, and the `action` of each, by module name.
 
-    Cross-attentions are not listed.
+    Cross-attentions are not listed. ``only`` names the self-attentions to change; None is all of them.
     """
     model = copy.deepcopy(model)
     found = self_attentions(model, args, kwargs)
@@ -170,6 +171,9 @@ def apply(
     model.register_forward_pre_hook(see_timestep, with_kwargs=True)
     actions = {}
     for name, grid in found.items():
+        if only is not None and name not in only:
+            actions[name] = "kept"
+            continue
         attention = model.get_submodule(name)
         norm = model.get_submodule(name.removesuffix("attn1") + "norm1")
         assert isinstance(attention, Attention)

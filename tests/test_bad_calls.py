@@ -60,6 +60,7 @@ METHOD = of(5, 0.7, "bigain-tm:0.7", "", True, bgx.LaplacianMerge, [MERGE, 5], [
             torch.zeros(0), torch.tensor(0.5), np.zeros(0))  # fmt: skip
 GRID = of(5, True, "8x8", (8,), (8, 8, 8), (0, 8), (8, -1), (8.0, 8), (True, 8), (8, None), (2**70, 2), [[8], [8]],
           torch.tensor([8, 8]), np.array([8, 8]), {"rows": 8}, (NAN, 8))  # fmt: skip
+WHERE = of(5, True, "", " ", ("a", ""), (), ["*"], [], "a:b", "a/b", ("*", None), torch.zeros(2), np.array(["*"]))
 INPUTS = of(5, True, "x", {"image": 1}, torch.zeros(2, 3), [], [5], [("a", 1)], [((), {1: 2})])
 
 Make = Callable[[Any], Any]
@@ -132,6 +133,7 @@ for kind in (bgx.LaplacianMerge, bgx.ToMe, bgx.BlockPool):
         lambda value, kind=kind: kind(ratio=value))  # fmt: skip
     bad(f"{own} cell", [*GRID, None, (1, 1), [2, 2]], lambda value, kind=kind: kind(cell=value))
     bad(f"{own} levels", COUNT, lambda value, kind=kind: kind(levels=value))
+    bad(f"{own} where", WHERE, lambda value, kind=kind: kind(where=value))
     for name in ("scope", "align", "metric", "reduce", "unmerge"):
         bad(f"{own} {name}", [*CHOICE, None], lambda value, kind=kind, name=name: kind(**{name: value}))
     bad(f"{own} proportional", FLAG, lambda value, kind=kind: kind(proportional=value))
@@ -143,6 +145,7 @@ bad("ToMe seed", [*INTEGER, None], lambda value: bgx.ToMe(seed=value))
 for kind in (bgx.KVDownsample, bgx.ToDo):
     bad(f"{kind.__name__} factor", [*COUNT, None, 1], lambda value, kind=kind: kind(factor=value))
     bad(f"{kind.__name__} levels", COUNT, lambda value, kind=kind: kind(levels=value))
+    bad(f"{kind.__name__} where", WHERE, lambda value, kind=kind: kind(where=value))
 bad("KVDownsample alpha", [*NUMBER, None, bgx.LinearAlpha], lambda value: bgx.KVDownsample(alpha=value))
 for name in ("noisy", "clean"):
     bad(f"LinearAlpha {name}", [*NUMBER, None], lambda value, name=name: bgx.LinearAlpha(**{name: value}))
@@ -155,6 +158,8 @@ for name, values in {
     "args": POSITIONAL, "kwargs": MAPPING,
 }.items():  # fmt: skip
     bad(f"optimize {name}", values, lambda value, name=name: optimized(**{name: value}))
+bad("preset kind", [*CHOICE, None], lambda value: bgx.preset(model(), value))
+bad("enable pipe", of(None, 5, "sd", nn.Linear, {"unet": model()}), lambda value: bgx.enable(value, method=MERGE))
 bad("optimize mode", of(5, True, "fast", ["max-autotune"]), lambda value: optimized(backend="inductor", mode=value))
 bad("optimize mode of eager", ["max-autotune", "reduce-overhead"], lambda value: optimized(mode=value))
 bad("optimize mode of a function", ["max-autotune"], lambda value: optimized(backend=lambda g, _: g, mode=value))

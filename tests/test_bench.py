@@ -210,6 +210,7 @@ def test_bound_refuses_a_plan_that_something_else_reads() -> None:
         ((bgx.KVDownsample(2, LinearAlpha()),), "bound:kv:2"),
         ((bgx.KVDownsample(4, levels=2),), "bound:kv:4:levels=2"),
         ((bgx.ToDo(2, levels=None), bgx.ToMe(0.5)), "bound:kv:2:levels=all+merge:0.5"),
+        ((bgx.ToMe(0.5, where=("a.*", "b.*")),), "bound:merge:0.5:where=a.*/b.*"),
     ],
 )
 def test_bound_names(methods: Methods, name: str | None) -> None:

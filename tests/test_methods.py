@@ -50,6 +50,13 @@ from bigain_fx.passes.methods import Method, normalize
         (lambda: normalize("bigain-tm:0.7"), "must be a LaplacianMerge"),
         (lambda: normalize([bgx.ToMe(), bgx.LaplacianMerge()]), "has 2 of kind 'merge'"),
         (lambda: normalize([bgx.ToDo(), bgx.KVDownsample()]), "has 2 of kind 'kv'"),
+        (lambda: bgx.LaplacianMerge(where=""), "where='' must be a glob pattern of names"),
+        (lambda: bgx.BlockPool(where=()), r"where=\(\) must be a glob pattern of names, such as .*, a tuple of these"),
+        (lambda: bgx.ToDo(where=("*", 3)), r"where=\('\*', 3\) must be a glob pattern of names"),
+        (lambda: bgx.KVDownsample(where=["*"]), r"where=\['\*'\] must be a glob pattern of names"),
+        (lambda: bgx.ToMe(where="a.*,b.*"), "where='a.\\*,b.\\*' has one of : \\+ , / in it; write \\? in its place"),
+        (lambda: parse("tome:0.5:where="), "where='' must be a glob pattern of names"),
+        (lambda: parse("tome:0.5:where=a/"), r"where=\('a', ''\) must be a glob pattern of names"),
         (lambda: parse("bigain-tm"), "'bigain-tm' is not a method"),
         (lambda: parse("tomesd:0.5"), "'tomesd:0.5' is not a method; write dense"),
         (lambda: parse("tome:lots"), "'tome:lots' holds no valid number"),
@@ -95,6 +102,9 @@ def test_bad_values_are_one_line_errors(make: Callable[[], Any], message: str) -
         ("bigain-tm:0.5:window=8", (bgx.LaplacianMerge(0.5, window=8),)),
         ("todo:2:levels=3", (bgx.ToDo(2, 3),)),
         ("bigain-td:2:levels=all:0.5", (bgx.KVDownsample(2, 0.5, None),)),
+        ("tome:0.5:where=*.attn1", (bgx.ToMe(0.5, where="*.attn1"),)),
+        ("todo:2:where=Down.[!3].*/up_?", (bgx.ToDo(2, where=("Down.[!3].*", "up_?")),)),
+        ("block-pool:0.5:where=a", (bgx.BlockPool(0.5, where=("a",)),)),
         ("bigain-tm:0.7 + bigain-td:2", (bgx.KVDownsample(2), bgx.LaplacianMerge(0.7))),
     ],
 )
@@ -106,6 +116,17 @@ def test_the_grammar(text: str, methods: tuple[Method, ...]) -> None:
 
 def test_a_list_keeps_its_order_and_its_words() -> None:
     assert list(parse_list("dense, bigain-td:2,tome:0.7")) == ["dense", "bigain-td:2", "tome:0.7"]
+
+
+def by_size(site: object) -> bool:
+    return True
+
+
+def test_a_function_is_part_of_the_value() -> None:
+    method = bgx.KVDownsample(2, where=by_size)
+    assert method == bgx.KVDownsample(2, where=by_size) != bgx.KVDownsample(2, where=lambda site: True)
+    assert hash(method) == hash(bgx.KVDownsample(2, where=by_size))
+    assert str(method) == "bigain-td:2:0.9:where=by_size"
 
 
 def test_methods_are_values() -> None:

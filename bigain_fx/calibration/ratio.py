@@ -24,7 +24,7 @@ from bigain_fx.capture import capture
 from bigain_fx.denoiser import optimize
 from bigain_fx.passes.errors import InputError
 from bigain_fx.passes.methods import MergeMethod
-from bigain_fx.passes.pipeline import Rewritten
+from bigain_fx.passes.pipeline import Rewritten, left_out
 from bigain_fx.settings import Settings
 
 TRIED = (1 / 3, 2 / 3, 1.0)
@@ -84,7 +84,7 @@ def _fit(trial: _Trial, method: MergeMethod, given: Tensor, whole: Rewritten) ->
 
     Losses are taken to add up, and to be linear between the ratios that were tried; the result is checked.
     """
-    count = len([record for record in whole.records if record.level and record.level <= (method.levels or math.inf)])
+    count = sum(record.level is not None and left_out(method, record) is None for record in whole.records)
     cap = 1 - 1 / math.prod(method.cell)
     ratios = tuple(cap * share for share in TRIED)
     lost, saved = torch.zeros(2, count, len(ratios), dtype=torch.float64)

@@ -130,7 +130,7 @@ def _baseline(text: str, methods: Mapping[str, Methods], measured: Mapping[str, 
 
 
 def _where(methods: Methods) -> list[tuple[Any, ...]]:
-    return [(method.kind, method.levels, getattr(method, "scope", None)) for method in methods]
+    return [(method.kind, method.levels, method.where, getattr(method, "scope", None)) for method in methods]
 
 
 def _size(methods: Methods) -> list[tuple[Any, ...]]:

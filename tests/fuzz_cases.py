@@ -114,6 +114,8 @@ class Case:
         before = self.design.blocks[: index + 1] if self.design.repeat == 1 else self.design.blocks
         for block, between in zip(before, self.design.between, strict=False):
             replaced = block["odd"] in BASES and block["write"] in ("copy", "out")
+            # A norm that cuts columns x rows into as many rows and columns loses which is which.
+            replaced |= block["odd"] == "transposed" and block["norm"] in ("group", "layer_grid")
             steps += [between, self.design.text_source if block["kind"] == "shared" else "", block["odd"]]
             steps += ["replaced"] * replaced
         known = [step in GRID_FOUND for step in steps if step in GRID_LOST | GRID_FOUND]

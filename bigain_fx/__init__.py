@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from bigain_fx.passes.methods import BlockPool, KVDownsample, LaplacianMerge, LinearAlpha, ToDo, ToMe
     from bigain_fx.report import Report
+    from bigain_fx.select import clear_times
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _HOMES = {
     ),
     "bigain_fx.passes.methods": ("BlockPool", "KVDownsample", "LaplacianMerge", "LinearAlpha", "ToDo", "ToMe"),
     "bigain_fx.report": ("Report",),
+    "bigain_fx.select": ("clear_times",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -44,7 +46,7 @@ __all__ = [
     "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha",
     "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "RatioCalibration", "Report", "RewriteError",
     "ToDo", "ToMe",
-    "calibrate", "export_onnx", "export_package", "inspect", "load_package", "optimize",
+    "calibrate", "clear_times", "export_onnx", "export_package", "inspect", "load_package", "optimize",
 ]  # fmt: skip
 
 

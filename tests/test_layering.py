@@ -120,8 +120,8 @@ def test_the_public_api() -> None:
         "AlphaCalibration", "BigainError", "BlockPool", "CaptureError", "Classification", "DiffusionClassifier",
         "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha",
         "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "RatioCalibration", "Report",
-        "RewriteError", "ToDo", "ToMe", "calibrate", "export_onnx", "export_package", "inspect", "load_package",
-        "optimize",
+        "RewriteError", "ToDo", "ToMe", "calibrate", "clear_times", "export_onnx", "export_package", "inspect",
+        "load_package", "optimize",
     ]  # fmt: skip
     for name in bigain_fx.__all__:
         assert getattr(bigain_fx, name).__doc__, name

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from types import ModuleType
@@ -87,20 +85,7 @@ def rewrite(
         RewriteError: an alpha schedule without a timestep input, or ratios that are more or fewer than attentions.
     """
     grids = None if grid is None else as_grids(grid)
-    with _uncollected():
-        return _rewrite(module, methods, grids, kept or {})
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: among the nodes of a large graph it takes a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    return _rewrite(module, methods, grids, kept or {})
 
 
 def _rewrite(module: GraphModule, methods: Methods, hint: Grids | None, kept: Mapping[int, str]) -> Rewritten:

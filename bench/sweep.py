@@ -25,6 +25,7 @@ from bigain_fx.compilers import check_works
 from bigain_fx.models import check_device
 from bigain_fx.passes import checks
 from bigain_fx.passes.grammar import parse
+from bigain_fx.seeds import seeded
 from bigain_fx.stopwatch import interleaved, synchronizer
 
 SIDES, WIDTHS, METHODS = (8, 12, 16, 24, 32, 48, 64), (64, 320, 1152), ("bigain-tm:0.7", "bigain-td:2")
@@ -71,18 +72,18 @@ def measure(shape: Shape, device: torch.device, rounds: int, backend: str) -> Ro
     """Time the dense and the chosen graph of ``shape`` in turns."""
     from diffusers import DiTTransformer2DModel
 
-    torch.manual_seed(0)
-    heads = max(1, shape.width // 64)
-    model = DiTTransformer2DModel(
-        num_layers=LAYERS, num_attention_heads=heads, attention_head_dim=shape.width // heads, sample_size=shape.side,
-        patch_size=1, in_channels=4, out_channels=4,
-    )  # fmt: skip
-    model = model.eval().requires_grad_(False).to(device)
-    inputs = {
-        "hidden_states": torch.randn(BATCH, 4, shape.side, shape.side, device=device),
-        "timestep": torch.full((BATCH,), 500, device=device),
-        "class_labels": torch.zeros(BATCH, dtype=torch.int64, device=device),
-    }
+    with seeded(0, device):
+        heads = max(1, shape.width // 64)
+        model = DiTTransformer2DModel(
+            num_layers=LAYERS, num_attention_heads=heads, attention_head_dim=shape.width // heads,
+            sample_size=shape.side, patch_size=1, in_channels=4, out_channels=4,
+        )  # fmt: skip
+        model = model.eval().requires_grad_(False).to(device)
+        inputs = {
+            "hidden_states": torch.randn(BATCH, 4, shape.side, shape.side, device=device),
+            "timestep": torch.full((BATCH,), 500, device=device),
+            "class_labels": torch.zeros(BATCH, dtype=torch.int64, device=device),
+        }
     dense = optimize(model, kwargs=inputs, method=(), backend=backend)
     chosen = optimize(model, kwargs=inputs, method=parse(shape.method), backend=backend, select="auto")
     calls = [partial(dense, **inputs), partial(chosen, **inputs)]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bigain_fx.pipelines import Summary, disable, enable, summary
     from bigain_fx.presets import preset
     from bigain_fx.report import Report
+    from bigain_fx.select import clear_times
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOMES = {
     "bigain_fx.pipelines": ("Summary", "disable", "enable", "summary"),
     "bigain_fx.presets": ("preset",),
     "bigain_fx.report": ("Report",),
+    "bigain_fx.select": ("clear_times",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -48,8 +50,8 @@ __all__ = [
     "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha",
     "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "RatioCalibration", "Report", "RewriteError",
     "Summary", "ToDo", "ToMe",
-    "calibrate", "disable", "enable", "export_onnx", "export_package", "inspect", "load_package", "optimize", "preset",
-    "summary",
+    "calibrate", "clear_times", "disable", "enable", "export_onnx", "export_package", "inspect", "load_package",
+    "optimize", "preset", "summary",
 ]  # fmt: skip
 
 

@@ -91,7 +91,7 @@ class Format(StrEnum):
 
 @app.command()
 def export(
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     format: Annotated[Format, typer.Option(help="an ONNX graph, or a package that AOTInductor compiles")] = Format.onnx,
     methods: Annotated[str, typer.Option(help=SYNTAX + "; ',' lists, a file for each")] = "bigain-tm:0.7",
     size: Annotated[int | None, typer.Option(help="side of the latent, in pixels")] = None,
@@ -103,17 +103,8 @@ def export(
     ),
     verify: Annotated[bool, typer.Option(help="run each ONNX file and compare it with torch")] = True,
     out: Annotated[Path, typer.Option(help="folder for the files")] = Path("bigain-export"),
-    lint_only: Annotated[
-        Path | None, typer.Option(help="export nothing; name what CUDA would leave to the CPU in this ONNX file")
-    ] = None,
 ) -> None:
     """Write MODEL, its attentions compressed, as an ONNX graph or an ahead-of-time compiled package."""
-    if lint_only is not None:
-        if model is not None:
-            raise typer.BadParameter("MODEL and --lint-only do not go together", param_hint="MODEL")
-        raise typer.Exit(_lint(lint_only))
-    if model is None:
-        raise typer.BadParameter("MODEL is missing; name one, or a file with --lint-only", param_hint="MODEL")
     import torch
 
     import bigain_fx as bgx
@@ -142,22 +133,6 @@ def export(
         else:
             report = bgx.export_package(workload.model, workload.args, path, kwargs=workload.kwargs, method=method)
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; {report.headline}")
-
-
-def _lint(path: Path) -> int:
-    """Print what would fall back; the exit status, 1 if something would."""
-    from bigain_fx.deploy import onnx_missing
-    from bigain_fx.passes.errors import InputError
-
-    if reason := onnx_missing():
-        raise InputError(reason)
-    from bigain_fx.export.lint import lint
-
-    findings = lint(path)
-    for finding in findings:
-        print(f"{finding.node} ({finding.op}): {finding.reason}")
-    print(f"{path}: {len(findings) or 'none'} of the nodes would fall back from CUDA to the CPU")
-    return 1 if findings else 0
 
 
 @app.command()

@@ -231,20 +231,28 @@ class OrtDenoiser(DeployedDenoiser):
         providers: execution providers in order of preference, each a name or ``(name, options)``; by default CUDA where
             torch and ONNX Runtime both have it, then the CPU.
         session_options: an ``onnxruntime.SessionOptions``, for threads and the like.
+        strict: refuse a graph of which nodes would be left to the CPU; without it they run there, at the price of
+            copies. ``providers`` must not name the CPU then, and are CUDA alone by default.
 
     Raises:
-        ExportError: a file that is missing, cut short, not one of ours, or of another model than the first.
-        InputError: no file, two for one size, no ONNX Runtime, or a provider that is not to be had.
+        ExportError: a file that is missing, cut short, not one of ours, or of another model than the first; with
+            ``strict``, nodes that no provider takes.
+        InputError: no file, two for one size, no ONNX Runtime, or a provider that is not to be had; with ``strict``,
+            the CPU is one of the providers, or there is no CUDA to take by default.
     """
 
     def __init__(
-        self, path: File | Sequence[File], providers: Sequence[Provider] | None = None, session_options: Any = None
+        self,
+        path: File | Sequence[File],
+        providers: Sequence[Provider] | None = None,
+        session_options: Any = None,
+        strict: bool = False,
     ) -> None:
         paths = [checks.path("path", each) for each in (path if isinstance(path, list | tuple) else (path,))]
         if not paths:
             raise InputError("path is empty; give a file of export_onnx, or several")
         shared = SharedWeights() if len(paths) > 1 else None
-        sessions = [Session(each, providers, session_options, shared) for each in paths]
+        sessions = [Session(each, providers, session_options, shared, strict) for each in paths]
         graphs = [_ort_graph(session) for session in sessions]
         for session, graph in zip(sessions, graphs, strict=True):
             if _identity(graph.interface) != _identity(graphs[0].interface):
@@ -253,8 +261,8 @@ class OrtDenoiser(DeployedDenoiser):
             raise InputError(
                 f"path={list(map(str, paths))} has two graphs for one size of {sorted(g.size for g in graphs)}"
             )
-        opened = ([os.path.abspath(each) for each in paths], providers) if session_options is None else None
-        super().__init__(graphs, sessions[0].device, opened)
+        opened = [os.path.abspath(each) for each in paths], providers, None, strict
+        super().__init__(graphs, sessions[0].device, opened if session_options is None else None)
 
 
 class PackagedDenoiser(DeployedDenoiser):

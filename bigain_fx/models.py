@@ -16,6 +16,7 @@ from bigain_fx.embedded import NAMES
 from bigain_fx.embedded import load as load_embedded
 from bigain_fx.passes import checks
 from bigain_fx.passes.errors import InputError, first_line
+from bigain_fx.seeds import seeded
 
 TEXT_TOKENS = {
     "UNet2DConditionModel": 77, "PixArtTransformer2DModel": 300, "SD3Transformer2DModel": 333,
@@ -111,25 +112,27 @@ def load(
         raise InputError(f"{checks.told('size', size)} must be a positive even number of latent pixels")
     checks.integer("batch", batch, least=1, most=checks.MANY)
     fewer = _fewer_layers(name, layers) if layers is not None else {}
-    torch.manual_seed(seed)
-    if name in NAMES:
-        model = load_embedded(name).model.to(device)
-        _check_position_size(name, model, size)
-    elif name in KNOWN:
-        class_name, config = KNOWN[name]
-        config = config | fewer | ({"sample_size": size} if size and "sample_size" in config else {})
-        with torch.device(device):
-            model = _class(class_name)(**config)
-    elif os.path.isdir(name):
-        model = _from_folder(Path(name)).to(device)
-        _check_position_size(name, model, size)
-    else:
-        raise InputError(f"{checks.told('model', name)} is neither a folder nor one of {', '.join((*NAMES, *KNOWN))}")
-    # diffusers' own .to() warns about modules to keep in float32 even where a class has none.
-    model = nn.Module.to(model, dtype).eval().requires_grad_(False)
-    size = size or _own_size(model)
-    grid = (size // 2, size // 2) if type(model).__name__ == "FluxTransformer2DModel" else None
-    return Workload(name + f"-{layers}layers" * bool(fewer), model, (), example_inputs(model, size, batch), grid)
+    with seeded(seed, device):
+        if name in NAMES:
+            model = load_embedded(name).model.to(device)
+            _check_position_size(name, model, size)
+        elif name in KNOWN:
+            class_name, config = KNOWN[name]
+            config = config | fewer | ({"sample_size": size} if size and "sample_size" in config else {})
+            with torch.device(device):
+                model = _class(class_name)(**config)
+        elif os.path.isdir(name):
+            model = _from_folder(Path(name)).to(device)
+            _check_position_size(name, model, size)
+        else:
+            raise InputError(
+                f"{checks.told('model', name)} is neither a folder nor one of {', '.join((*NAMES, *KNOWN))}"
+            )
+        # diffusers' own .to() warns about modules to keep in float32 even where a class has none.
+        model = nn.Module.to(model, dtype).eval().requires_grad_(False)
+        size = size or _own_size(model)
+        grid = (size // 2, size // 2) if type(model).__name__ == "FluxTransformer2DModel" else None
+        return Workload(name + f"-{layers}layers" * bool(fewer), model, (), example_inputs(model, size, batch), grid)
 
 
 def check_device(name: str) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import operator
 import os
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
@@ -27,7 +28,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from bigain_fx.passes import checks
-from bigain_fx.passes.errors import first_line
+from bigain_fx.passes.errors import InputError, first_line
 from bigain_fx.passes.images import Hint
 from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.pipeline import Rewritten, rewrite
@@ -39,6 +40,7 @@ log = logging.getLogger("bigain_fx")
 
 ROUNDS, SECONDS = (9, 60), 1.0
 """At least and at most so many rounds, and as many as fit into the time."""
+_KEPT = re.compile(r"[0-9a-f]{64}\.json")
 STOPS = (TimeoutError, InterruptedError, CancelledError)
 """Errors that someone else raised to stop the work; an interrupt from the keyboard is no ``Exception`` at all."""
 Compile = Callable[[GraphModule], Callable[..., Any]]
@@ -68,7 +70,7 @@ class Cost:
 
 
 def rewrite_where_faster(
-    module: GraphModule, methods: Methods, grid: Hint | None, compile: Compile, setup: str
+    module: GraphModule, methods: Methods, grid: Hint | None, compile: Compile, setup: str | None
 ) -> Rewritten:
     """As :func:`bigain_fx.passes.pipeline.rewrite`, but attentions that are no faster rewritten are kept.
 
@@ -77,7 +79,8 @@ def rewrite_where_faster(
     Args:
         module, methods, grid: as for ``rewrite``.
         compile: how a graph is compiled.
-        setup: what the times depend on beside the graph, for the cache: backend, mode, options.
+        setup: what the times depend on beside the graph: backend, mode, options. None: no text tells it, so nothing is
+            read from the times that were kept, and nothing is kept.
 
     Raises:
         BigainError: as for ``rewrite``.
@@ -114,6 +117,22 @@ def rewrite_where_faster(
     return replace(chosen, records=records)
 
 
+def clear_times() -> None:
+    """Delete the times that ``optimize(select="auto")`` keeps on this machine; it measures anew then.
+
+    They are in the folder ``bigain_fx`` of inductor's cache (``TORCHINDUCTOR_CACHE_DIR``).
+
+    Raises:
+        InputError: a file cannot be deleted.
+    """
+    for file in _folder().glob("*.json"):
+        if _KEPT.fullmatch(file.name):
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                raise InputError(f"{file} cannot be deleted: {error.strerror or error}") from error
+
+
 def stopped_by(error: BaseException) -> BaseException | None:
     """The timeout or interrupt that ``error`` is, or that a compiler has wrapped in it."""
     pending: list[BaseException | None] = [error]
@@ -139,7 +158,7 @@ def _alike(rewritten: Rewritten, places: Sequence[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _cost(dense: GraphModule, alone: GraphModule, compile: Compile, setup: str) -> Cost:
+def _cost(dense: GraphModule, alone: GraphModule, compile: Compile, setup: str | None) -> Cost:
     """What the rewrite costs that makes ``alone`` of ``dense``, measured now or earlier."""
     before, after = _changed(dense, alone), _changed(alone, dense)
     device = next(value.device for node in before if isinstance(value := node.meta["val"], Tensor))
@@ -148,15 +167,20 @@ def _cost(dense: GraphModule, alone: GraphModule, compile: Compile, setup: str) 
         tag = torch.compiler.config.cache_key_tag
     about = (setup, kinds_of(dense), torch.__version__, tag, name, os.cpu_count(), torch.get_num_threads())
     text = str((about, *(described(part, *boundary(part)) for part in (before, after))))
-    file = Path(cache_dir()) / "bigain_fx" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-    if known := _read(file):
+    file = _folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    if setup is not None and (known := _read(file)):
         return known
     values: dict[str, Any] = {}
     with torch.inference_mode(False), torch.no_grad(), own_cache():
         calls = [_ready(part, module, values, compile) for part, module in ((before, dense), (after, alone))]
         found = Cost(*_spans(calls, device))
-    _store(file, json.dumps(asdict(found)))
+    if setup is not None:
+        _store(file, json.dumps(asdict(found)))
     return found
+
+
+def _folder() -> Path:
+    return Path(cache_dir()) / "bigain_fx"
 
 
 def _changed(module: GraphModule, other: GraphModule) -> list[Node]:

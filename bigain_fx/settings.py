@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Settings:
     def _rewrite(self, module: GraphModule, methods: Methods, grid: Hint | None) -> Rewritten:
         if self.select == "all":
             return rewrite(module, methods, grid)
-        return rewrite_where_faster(module, methods, grid, self.compile, f"{self.backend} {self.mode} {self.options}")
+        return rewrite_where_faster(module, methods, grid, self.compile, self.named)
 
     def compile(self, module: GraphModule, check: Callable[[], None] = lambda: None) -> Callable[..., Any]:
         """Return ``module`` for the backend, compiled when first called; what repeats in it becomes regions.
@@ -96,6 +97,17 @@ class Settings:
                 return inner(graph, inputs)
 
         return Direct(module, backend)
+
+    @property
+    def named(self) -> str | None:
+        """Backend, mode and options as text that means the same in another process; None if one has no such name.
+
+        A function has none, whatever it is called: its code may be another one the next time.
+        """
+        try:
+            return json.dumps((self.backend, self.mode, self.options and dict(self.options)), sort_keys=True)
+        except (TypeError, ValueError):
+            return None
 
     @cached_property
     def has_cuda_graphs(self) -> bool:

@@ -1,4 +1,4 @@
-"""ONNX graphs on disk: all of them, or none, and the file that was there before.
+"""ONNX graphs on disk: all of them, or none, and the file that was there before. Nothing else is deleted, ever.
 
 A graph of up to 2 GB holds its weights. Larger ones, and several that share weights, keep them in one file beside the
 graphs, named after its content: a graph never meets weights that are not its own, whenever a write was cut off.
@@ -6,10 +6,10 @@ graphs, named after its content: a graph never meets weights that are not its ow
 
 from __future__ import annotations
 
+import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,10 +20,11 @@ from bigain_fx.export.onnx_file import DIGEST, label, locations
 from bigain_fx.export.weights import WeightWriter, digest_of, fingerprint
 from bigain_fx.passes.errors import ExportError
 
+log = logging.getLogger("bigain_fx")
+
 LIMIT = 2 * 1024**3 - 16 * 1024**2
 """Bytes that a protobuf file may have, less some room for the graph itself."""
 _SMALL = 1024
-_OURS = re.compile(r"[^/\\]+-[0-9a-f]{12}\.data")
 
 
 @contextmanager
@@ -61,7 +62,9 @@ def check(graph: Path) -> None:
 
 
 def publish(staged: Path, folder: Path) -> int:
-    """Move what :func:`save` wrote to ``folder``, weights before graphs; drop weights that no graph reads any more.
+    """Move what :func:`save` wrote to ``folder``, weights before graphs.
+
+    Weights of graphs that are replaced stay, and are named in the log: nothing here can tell who else reads them.
 
     Returns:
         Bytes of the files that were moved.
@@ -70,7 +73,7 @@ def publish(staged: Path, folder: Path) -> int:
         ExportError: a folder has the name of a graph, or a move fails; it says what was moved.
     """
     graphs, data = sorted(staged.glob("*.onnx")), sorted(staged.glob("*.data"))
-    replaced = set[str]().union(*(_weights_of(folder / graph.name) or () for graph in graphs))
+    replaced = set[str]().union(*(_weights_of(folder / graph.name) for graph in graphs))
     if taken := [graph.name for graph in graphs if (folder / graph.name).is_dir()]:
         raise ExportError(f"{taken[0]!r} is a folder; name another file; nothing was left")
     fresh = [path.name for path in data if not (folder / path.name).exists()]
@@ -88,19 +91,13 @@ def publish(staged: Path, folder: Path) -> int:
             what = f"only {', '.join(written)} was replaced" if written else "nothing was left"
             raise ExportError(f"{path.name!r} cannot be written: {error.strerror or error}; {what}") from error
         moved.append(path.name)
-    for name in replaced - _read_in(folder, replaced):
-        (folder / name).unlink(missing_ok=True)
+    for name in sorted(replaced - {path.name for path in data}):
+        with suppress(OSError):
+            log.warning(
+                "%s (%.1f MB) held weights of the graphs that were replaced; delete it if no other graph reads it",
+                folder / name, (folder / name).stat().st_size / 1e6,
+            )  # fmt: skip
     return size
-
-
-def _read_in(folder: Path, names: set[str]) -> set[str]:
-    """Those of the weight files ``names`` that a graph in ``folder`` reads; all, where one graph cannot be read."""
-    kept = set[str]()
-    for graph in folder.glob("*.onnx") if names else ():
-        if not graph.is_dir():
-            read = _weights_of(graph)
-            kept |= names if read is None else read
-    return kept
 
 
 def _nbytes(model: ir.Model) -> int:
@@ -141,12 +138,9 @@ def _finish(models: Mapping[str, ir.Model], folder: Path, stem: str, external: b
         )
 
 
-def _weights_of(graph: Path) -> set[str] | None:
-    """Names of our weight files that ``graph`` reads, in whatever folder; None if it cannot be read."""
+def _weights_of(graph: Path) -> set[str]:
+    """Names of the weight files that ``graph`` reads; none if it cannot be read."""
     try:
-        model = onnx.load(graph, load_external_data=False)
-        named = locations(model)
+        return locations(onnx.load(graph, load_external_data=False))
     except Exception:
-        return None
-    # A file of no bytes is a model without a graph.
-    return {name for name in map(os.path.basename, named) if _OURS.fullmatch(name)} if model.graph.output else None
+        return set()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Provider = str | tuple[str, dict[str, Any]]
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_NO_FALLBACK = "session.disable_cpu_ep_fallback"
 _ON_CUDA = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider", _CUDA)
 # As ONNX Runtime prints a type, and the element type that it binds.
 _ELEMENTS: dict[torch.dtype, tuple[str, Any]] = {
@@ -79,14 +81,15 @@ class Session:
             torch and ONNX Runtime both have it, then the CPU.
         session_options: an ``onnxruntime.SessionOptions``, for threads and the like.
         shared: the weights of sessions that are used together, see :class:`SharedWeights`.
+        strict: refuse to leave nodes to the CPU; ``providers`` must not name it then, and have no CPU by default.
 
     Attributes:
         metadata: the model's ``metadata_props``.
 
     Raises:
         ExportError: a file that is missing, cut short, damaged or no ONNX model, its external data too; weights that
-            are not those that were exported.
-        InputError: ONNX Runtime is not installed, or a provider is not to be had.
+            are not those that were exported; with ``strict``, nodes that no provider takes.
+        InputError: ONNX Runtime is not installed, or a provider is not to be had; with ``strict``, the CPU is one.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Session:
         providers: Sequence[Provider] | None = None,
         session_options: Any = None,
         shared: SharedWeights | None = None,
+        strict: bool = False,
     ) -> None:
         ort = _runtime()
         self.path = checks.path("path", path)
@@ -103,8 +107,14 @@ class Session:
         if session_options is not None and not isinstance(session_options, ort.SessionOptions):
             told = checks.told("session_options", session_options)
             raise InputError(f"{told} must be an onnxruntime.SessionOptions, or None")
-        wanted = list(given) if given is not None else _default_providers(ort)
+        checks.flag("strict", strict)
+        wanted = list(given) if given is not None else _default_providers(ort, strict)
         _check_available(wanted, ort.get_available_providers())
+        if strict and _CPU in map(_name, wanted):
+            raise InputError(
+                f"strict=True leaves nothing to the CPU, and the providers are {wanted}; name others, such as {_CUDA}, "
+                "which torch and ONNX Runtime must both have"
+            )
         self._shared = shared or SharedWeights()
         from bigain_fx.export import onnx_file
 
@@ -117,13 +127,15 @@ class Session:
                 self._shared.give(file, session_options)
         try:
             # Without this, a provider that fails to start is replaced by the CPU with no more than a printed line.
-            self._session = ort.InferenceSession(
-                os.fspath(self.path), sess_options=session_options, providers=wanted, enable_fallback=0
-            )
+            with _no_fallback(session_options) if strict else nullcontext():
+                self._session = ort.InferenceSession(
+                    os.fspath(self.path), sess_options=session_options, providers=wanted, enable_fallback=0
+                )
         except Exception as error:
             if isinstance(error, TypeError | ValueError) and not isinstance(error, UnicodeError):
                 raise InputError(f"providers={wanted!r}: {first_line(error)}") from error
-            raise ExportError(f"ONNX Runtime cannot load {self.path}: {first_line(error)}") from error
+            how = " with strict=True" if strict else ""
+            raise ExportError(f"ONNX Runtime cannot load {self.path}{how}: {first_line(error)}") from error
         active = self._session.get_providers()
         if dropped := [name for name in map(_name, wanted) if name not in active]:
             raise InputError(
@@ -215,9 +227,24 @@ def _name(provider: Provider) -> str:
     return provider if isinstance(provider, str) else provider[0]
 
 
-def _default_providers(ort: ModuleType) -> list[Provider]:
-    cuda = torch.cuda.is_available() and _CUDA in ort.get_available_providers()
-    return [_CUDA, _CPU] if cuda else [_CPU]
+def _default_providers(ort: ModuleType, strict: bool) -> list[Provider]:
+    if not torch.cuda.is_available() or _CUDA not in ort.get_available_providers():
+        return [_CPU]
+    return [_CUDA] if strict else [_CUDA, _CPU]
+
+
+@contextmanager
+def _no_fallback(options: Any) -> Iterator[None]:
+    """Make sessions fail that leave nodes to the CPU; ``options`` are the caller's, and as they were afterwards."""
+    try:
+        before = options.get_session_config_entry(_NO_FALLBACK)
+    except RuntimeError:  # it has no such entry
+        before = "0"
+    options.add_session_config_entry(_NO_FALLBACK, "1")
+    try:
+        yield
+    finally:
+        options.add_session_config_entry(_NO_FALLBACK, before)
 
 
 def _check_available(wanted: Sequence[Provider], available: Sequence[str]) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from types import ModuleType
@@ -95,20 +93,7 @@ def rewrite(
             ``where`` that matches no attention, or raises an error.
     """
     grids = None if grid is None else as_grids(grid)
-    with _uncollected():
-        return _rewrite(module, methods, grids, kept or {}, fragment)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: among the nodes of a large graph it takes a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    return _rewrite(module, methods, grids, kept or {}, fragment)
 
 
 def _rewrite(

@@ -192,6 +192,7 @@ bad("OrtDenoiser path", [*PATH, [], [None], ["a.onnx", 5]], bgx.OrtDenoiser)
 bad("OrtDenoiser provider", of(5, True, torch.zeros(2), [5], [None], [("CPUExecutionProvider",)], "", [], "NoSuch",
                                 [("CPUExecutionProvider", 5)]),
     lambda value: bgx.OrtDenoiser("file.onnx", providers=value))  # fmt: skip
+bad("OrtDenoiser strict", FLAG, lambda value: bgx.OrtDenoiser("file.onnx", strict=value))
 bad("OrtDenoiser session_options", of(5, True, "x", {"threads": 1}),
     lambda value: bgx.OrtDenoiser("file.onnx", session_options=value))  # fmt: skip
 bad("load_package path", PATH, bgx.load_package)

@@ -40,7 +40,6 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "export --methods": (("export", "mnist-dit", "--methods"), METHODS),
     "export --attention": (("export", "mnist-dit", "--attention"), ("", "x")),
     "export --format": (("export", "mnist-dit", "--format"), ("", "x")),
-    "export --lint-only": (("export", "--lint-only"), ("", "nope", "empty", "file", "a\0b", "x" * 5000)),
     "bench --tomesd": ((*BENCH, "--tomesd"), ("-1", "x", "nan", "0.9")),
     "bench --device": ((*BENCH, "--device"), ("tpu", "", "cuda:99")),
     "bench --dtype": ((*BENCH, "--dtype"), ("int8", "")),

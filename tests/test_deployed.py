@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -532,6 +534,65 @@ def test_a_provider_that_does_not_start(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(bgx.InputError, match="provider CUDAExecutionProvider did not start"):
         OrtDenoiser(path)
+
+
+AZURE = "AzureExecutionProvider"  # takes no node of ours
+needs_azure = pytest.mark.skipif(AZURE not in onnxruntime.get_available_providers(), reason="a build for GPUs")
+
+
+@needs_azure
+def test_strict_refuses_nodes_that_are_left_to_the_cpu(tmp_path: Path) -> None:
+    torch.testing.assert_close(toy(tmp_path, providers=[AZURE])(**KWARGS).sample, Toy()(**KWARGS).sample)
+    with pytest.raises(ExportError, match=r"cannot load .*toy.onnx with strict=True: .*assigned to the default CPU EP"):
+        toy(tmp_path, providers=[AZURE], strict=True)
+
+
+@pytest.mark.parametrize("providers", [None, ["CPUExecutionProvider"], [AZURE, ("CPUExecutionProvider", {})]])
+def test_strict_on_the_cpu_is_a_contradiction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, providers: Any) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [AZURE, "CPUExecutionProvider"])
+    with pytest.raises(bgx.InputError, match=r"strict=True leaves nothing to the CPU, .*CPUExecutionProvider.*CUDA"):
+        toy(tmp_path, providers=providers, strict=True)
+
+
+@needs_azure
+def test_copies_are_as_strict_and_the_options_stay_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen, key = onnxruntime.InferenceSession, list[str](), "session.disable_cpu_ep_fallback"
+
+    def lenient(path: str, sess_options: Any, **others: Any) -> Any:
+        seen.append(sess_options.get_session_config_entry(key))
+        sess_options.add_session_config_entry(key, "0")
+        return real(path, sess_options=sess_options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lenient)
+    deployed = toy(tmp_path, providers=[AZURE], strict=True)
+    for copied in (copy.copy(deployed), copy.deepcopy(deployed)):
+        pickle.loads(pickle.dumps(copied))
+    assert seen == ["1"] * 3
+    options = onnxruntime.SessionOptions()
+    toy(tmp_path, providers=[AZURE], session_options=options, strict=True)
+    assert seen == ["1"] * 4
+    assert options.get_session_config_entry(key) == "0"
+
+
+def test_strict_asks_for_cuda_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime refuses the CPU beside it, even as the last."""
+    asked: list[Any] = []
+
+    def starting(path: str, providers: Any, **others: Any) -> Any:
+        asked.append(providers)
+        raise RuntimeError("no device here")
+
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", starting)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for strict in (True, False):
+        with pytest.raises(ExportError, match="no device here"):
+            toy(tmp_path, strict=strict)
+    assert asked == [["CUDAExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]]
 
 
 @pytest.mark.parametrize("module", ["onnxruntime", "onnx"])

@@ -120,8 +120,8 @@ def test_the_public_api() -> None:
         "AlphaCalibration", "BigainError", "BlockPool", "CaptureError", "Classification", "DiffusionClassifier",
         "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha",
         "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "RatioCalibration", "Report",
-        "RewriteError", "Summary", "ToDo", "ToMe", "calibrate", "disable", "enable", "export_onnx", "export_package",
-        "inspect", "load_package", "optimize", "preset", "summary",
+        "RewriteError", "Summary", "ToDo", "ToMe", "calibrate", "clear_times", "disable", "enable", "export_onnx",
+        "export_package", "inspect", "load_package", "optimize", "preset", "summary",
     ]  # fmt: skip
     for name in bigain_fx.__all__:
         assert getattr(bigain_fx, name).__doc__, name

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bigain_fx as bgx
-from bigain_fx import select
+from bigain_fx import select, settings
 from bigain_fx.capture import capture
 from bigain_fx.passes.methods import normalize
 from bigain_fx.passes.pipeline import rewrite
@@ -154,6 +154,43 @@ def test_times_are_kept_and_belong_to_one_setup(timed: Callable[..., list[int]],
     file.write_text('{"dense": {}}')  # as another version would have left it
     assert merges(optimized(MERGE).report) == ["merge"] * 2
     assert measured == [2] * 5
+
+
+@pytest.mark.parametrize("what", ["backend", "option"])
+def test_times_of_what_has_no_name_are_not_kept(
+    what: str, timed: Callable[..., list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another function, of another process, may have the same address and the same name."""
+
+    def backend(module: Any, inputs: Any, options: Any = None) -> Any:
+        return module
+
+    measured = timed((0.010, 0.002))
+    given: dict[str, Any] = {"backend": backend}
+    if what == "option":
+        monkeypatch.setattr(settings, "compiler", lambda *_: backend)
+        given = {"backend": "inductor", "options": {"post_grad_custom_post_pass": backend}}
+    for _ in range(2):
+        assert merges(optimized(MERGE, **given).report) == ["merge"] * 2
+    assert measured == [2, 2]
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_times_are_cleared_and_nothing_else(timed: Callable[..., list[int]], tmp_path: Path) -> None:
+    measured = timed((0.010, 0.002))
+    bgx.clear_times()  # of nothing
+    optimized(MERGE)
+    (file,) = (tmp_path / "bigain_fx").iterdir()
+    other = file.with_name("other.json")
+    other.write_text("{}")
+    bgx.clear_times()
+    assert list(file.parent.iterdir()) == [other]
+    optimized(MERGE)
+    assert measured == [2, 2]
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(bgx.InputError, match=f"{file.name} cannot be deleted"):
+        bgx.clear_times()
 
 
 def plausible(content: str | bytes) -> bool:

@@ -133,3 +133,11 @@ def test_a_saved_dit_refuses_another_size(tmp_path: Path) -> None:
     dit().save_pretrained(tmp_path)
     with pytest.raises(bgx.InputError, match="has positions for 16 only"):
         load(str(tmp_path), size=32)
+
+
+def test_the_seed_is_the_workloads_and_no_one_elses() -> None:
+    before = torch.get_rng_state()
+    first, again, other = (load("mnist-dit", seed=seed).kwargs["hidden_states"] for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bigain_fx.embedded import CLASSES, WEIGHTS
 from bigain_fx.embedded.data import data_set
 from bigain_fx.passes.errors import InputError
+from bigain_fx.seeds import seeded
 
 LEARNING_RATE, BATCH = 2e-3, 128
 
@@ -78,9 +79,9 @@ def train(
     from bigain_fx.embedded.train import save_atomically, source_of
 
     data = data_set(name)
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    extractor = Extractor(len(data.classes))
+    with seeded(seed):
+        extractor = Extractor(len(data.classes))
     optimizer = torch.optim.AdamW(extractor.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):

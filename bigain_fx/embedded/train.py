@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bigain_fx.embedded import NAMES, WEIGHTS, ClassConditional, build
 from bigain_fx.embedded.data import DataSet, data_set
+from bigain_fx.seeds import seeded
 
 LEARNING_RATE, WARMUP, EMA_DECAY, LABEL_DROP = 1e-3, 100, 0.998, 0.1
 SOURCES = {
@@ -82,9 +83,9 @@ def train(
         raise typer.BadParameter(f"{name!r} is not an embedded denoiser; choose {' or '.join(NAMES)}")
     if threads:
         torch.set_num_threads(threads)
-    torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    denoiser, data = build(name), data_set(name.split("-")[0])
+    with seeded(seed):
+        denoiser, data = build(name), data_set(name.split("-")[0])
     objective = Objective(denoiser).to(device)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     average = {key: value.detach().clone() for key, value in objective.state_dict().items()}

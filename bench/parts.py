@@ -37,7 +37,7 @@ PARTS = ("score", "match", "select", "merge", "unmerge", "attention", "linear", 
 PLAN, DECISIONS = "plan", PARTS[:3]
 _PART: dict[Any, str] = {
     **dict.fromkeys((*DECIDING, bigain.row_positions.default), PLAN),
-    **dict.fromkeys((bigain.merge.default, bigain.mlerp.default, bigain.group_sizes.default), "merge"),
+    **dict.fromkeys((bigain.merge.default, bigain.group_sizes.default), "merge"),
     **dict.fromkeys((bigain.kv_downsample.default, bigain.kv_downsample.Tensor), "merge"),
     **dict.fromkeys((bigain.unmerge.default, bigain.blend.default), "unmerge"),
     aten.scaled_dot_product_attention.default: "attention",

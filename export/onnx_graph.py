@@ -59,8 +59,7 @@ def to_onnx(
     for node in module.graph.nodes:
         if getattr(node.target, "namespace", "") == "bigain" and node.target not in _TABLE:
             raise ExportError(
-                f"{node.target} has no ONNX form; cell_layout and reduce must be the defaults, and the method no "
-                "BlockPool"
+                f"{node.target} has no ONNX form; cell_layout must be the default, and the method no BlockPool"
             )
         if node.target is SDPA and node.args[0].meta["val"].dtype == torch.bfloat16:
             raise ExportError(

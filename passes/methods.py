@@ -14,8 +14,6 @@ MERGE, KV = "merge", "kv"
 CHOICES = {
     "scope": ("attention", "block"),
     "align": ("sample", "batch"),
-    "metric": ("auto", "stream", "input"),
-    "reduce": ("mean", "mlerp", "prune"),
     "unmerge": ("copy", "blend"),
 }
 LEADING = ("ratio", "factor", "alpha")
@@ -70,8 +68,6 @@ class _Merge:
     levels: int | None = 1
     scope: str = "attention"
     align: str = "sample"
-    metric: str = "auto"
-    reduce: str = "mean"
     proportional: bool = False
     unmerge: str = "copy"
 
@@ -128,10 +124,6 @@ class LaplacianMerge(_Match):
             to the next, cross-attention and MLP too, works on the merged tokens.
         align: ``"sample"`` plans each sample of a batch on its own; ``"batch"`` makes one plan for all of them, from
             their metrics side by side: for the halves of guidance, or one image under many conditions.
-        metric: what the plan is made from: ``"stream"`` is the input of the norm above the attention, ``"input"`` what
-            the attention reads, ``"auto"`` the stream where nothing but the norm lies between (``docs/operators.md``).
-        reduce: what a group becomes: its ``"mean"`` (the paper), ``"mlerp"``, the mean as long as the longest member,
-            or ``"prune"``, its destination as it is.
         proportional: whether a key counts for all tokens of its group (proportional attention, Bolya et al. 2023); not
             in the paper, which lets each count as one.
         unmerge: what a token that merged away gets back: ``"copy"``, its group's row (the paper), or ``"blend"``, a
@@ -151,21 +143,18 @@ class LaplacianMerge(_Match):
 
 @dataclass(frozen=True)
 class ToMe(_Match):
-    """ToMe for diffusion, the baseline: as :class:`LaplacianMerge`, with destinations that ignore the image.
+    """ToMe for diffusion, the baseline: as :class:`LaplacianMerge`, with a random destination in each cell.
 
     Attributes:
-        ratio, cell, levels, scope, align, metric, reduce, proportional, unmerge, window: as in :class:`LaplacianMerge`.
-        destination: ``"random"``, one draw per graph and grid from ``seed``, or ``"top-left"`` of each cell.
-        seed: of the draw.
+        ratio, cell, levels, scope, align, proportional, unmerge, window: as in :class:`LaplacianMerge`.
+        seed: of the draw, one per graph and grid.
     """
 
     name: ClassVar[str] = "tome"
-    destination: str = "random"
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.choice("destination", self.destination, ("random", "top-left"), error=MethodError)
         _keep(self, "seed", checks.integer("seed", self.seed, error=MethodError))
 
 
@@ -175,7 +164,7 @@ class BlockPool(_Merge):
 
     Attributes:
         ratio: share of the tokens that go, rounded down to whole cells.
-        cell, levels, scope, align, metric, reduce, proportional, unmerge: as in :class:`LaplacianMerge`.
+        cell, levels, scope, align, proportional, unmerge: as in :class:`LaplacianMerge`.
     """
 
     name: ClassVar[str] = "block-pool"

@@ -218,11 +218,7 @@ def test_a_truncated_file(inputs: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [
-        bgx.BlockPool(0.5),
-        bgx.LaplacianMerge(0.5, cell_layout="row"),
-        bgx.ToMe(0.5, reduce="mlerp"),
-    ],
+    [bgx.BlockPool(0.5), bgx.LaplacianMerge(0.5, cell_layout="row")],
 )
 def test_what_is_for_comparison_alone_has_no_onnx_form(inputs: Any, tmp_path: Path, method: Any) -> None:
     with pytest.raises(bgx.ExportError, match=r"bigain.*has no ONNX form"):

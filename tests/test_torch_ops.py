@@ -27,7 +27,6 @@ def op_samples() -> list[tuple[str, Any, tuple[Any, ...]]]:
         ("row_positions", BIGAIN.row_positions.default, (x, (5, 7), (2, 2))),
         ("pool_plan", BIGAIN.pool_plan.default, (x, (5, 7), (2, 2), 4)),
         ("group_sizes", BIGAIN.group_sizes.default, (assign, 20)),
-        ("mlerp", BIGAIN.mlerp.default, (x, assign, 20)),
         ("merge", BIGAIN.merge.default, (x, assign, 20)),
         ("merge-bfloat16", BIGAIN.merge.default, (x.bfloat16(), assign, 20)),
         ("nearest_groups", BIGAIN.nearest_groups.default, (x, assign, torch.arange(20).expand(2, 20).contiguous())),

@@ -26,8 +26,8 @@ from bigain_fx.passes.axes import aten, parts, shape_of
 from bigain_fx.passes.fewer import Fewer, among_all, image_rows, one_behind_another, rows_of_each
 from bigain_fx.passes.fused import separated
 from bigain_fx.passes.images import Grid
-from bigain_fx.passes.methods import BlockPool, LaplacianMerge, MergeMethod, ToMe
-from bigain_fx.passes.ops import complete_cells, random_positions, window_sides
+from bigain_fx.passes.methods import BlockPool, MergeMethod
+from bigain_fx.passes.ops import complete_cells, window_sides
 from bigain_fx.passes.region import Region
 from bigain_fx.passes.sites import AttentionSite
 from bigain_fx.passes.surgery import BRANCH, Surgeon
@@ -148,16 +148,12 @@ def _plan_image(
     surgeon: Surgeon, site: AttentionSite, method: MergeMethod, metric: Node, grid: Grid
 ) -> tuple[Node, ...]:
     """``assign``, ``rep``, and what blending reads where it is asked for, of one image with this ``metric``."""
-    emit, position = surgeon.emit, None
-    if isinstance(method, LaplacianMerge) and method.cell_layout == "row":
-        position = emit(bigain.row_positions.default, (metric, list(grid), list(method.cell)), like=site.sdpa)
-    elif isinstance(method, ToMe):
-        offsets = random_positions(grid, method.cell, method.seed)
-        position = surgeon.constant(f"bigain_positions_{grid[0]}x{grid[1]}", offsets, like=site.sdpa)
+    emit = surgeon.emit
     where, folded = (metric, list(grid), list(method.cell)), math.prod(grid) - _left(grid, method)
     if isinstance(method, BlockPool):
         plan = emit(bigain.pool_plan.default, (*where, folded // (math.prod(method.cell) - 1)), like=site.sdpa)
     else:
+        position = method.destinations.emit(surgeon, metric, grid, method.cell, like=site.sdpa)
         window = list(window_sides(grid, method.cell, method.window))
         plan = emit(bigain.merge_plan.default, (*where, folded, position, window), like=site.sdpa)
     assign, rep = surgeon.item(plan, 0), surgeon.item(plan, 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from bigain_fx.passes import checks
+from bigain_fx.passes.destinations import RULES, Destinations, Laplacian, Random, Rows
 from bigain_fx.passes.errors import MethodError
 
 MERGE, KV = "merge", "kv"
@@ -16,6 +17,7 @@ CHOICES = {
     "align": ("sample", "batch"),
     "unmerge": ("copy", "blend"),
 }
+SMOOTHEST = Laplacian()
 LEADING = ("ratio", "factor", "alpha")
 """Fields that a text gives by their place; ``scope`` may be given by its value alone."""
 
@@ -140,6 +142,11 @@ class LaplacianMerge(_Match):
         super().__post_init__()
         checks.choice("cell_layout", self.cell_layout, ("block", "row"), error=MethodError)
 
+    @property
+    def destinations(self) -> Destinations:
+        """The rule that picks them."""
+        return Rows() if self.cell_layout == "row" else SMOOTHEST
+
 
 @dataclass(frozen=True)
 class ToMe(_Match):
@@ -156,6 +163,30 @@ class ToMe(_Match):
     def __post_init__(self) -> None:
         super().__post_init__()
         _keep(self, "seed", checks.integer("seed", self.seed, error=MethodError))
+
+    @property
+    def destinations(self) -> Destinations:
+        """The rule that picks them."""
+        return Random(self.seed)
+
+
+@dataclass(frozen=True)
+class Merge(_Match):
+    """A merge whose destination rule is yours: :class:`LaplacianMerge` and :class:`ToMe` are two that have names.
+
+    Attributes:
+        ratio, cell, levels, scope, align, proportional, unmerge, window: as in :class:`LaplacianMerge`.
+        destinations: which token of each cell the others merge into; :func:`bigain_fx.destination_rule` adds a rule.
+    """
+
+    name: ClassVar[str] = "merge"
+    destinations: Destinations = SMOOTHEST
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.destinations) not in RULES.values():
+            given = checks.told("destinations", self.destinations)
+            raise MethodError(f"{given} must be a registered rule; there are {', '.join(RULES)}")
 
 
 @dataclass(frozen=True)
@@ -223,7 +254,7 @@ class ToDo:
         return _text(self, f"{self.factor}")
 
 
-MergeMethod = LaplacianMerge | ToMe | BlockPool
+MergeMethod = LaplacianMerge | ToMe | Merge | BlockPool
 KVMethod = KVDownsample | ToDo
 Method = MergeMethod | KVMethod
 Methods = tuple[Method, ...]
@@ -242,7 +273,7 @@ def normalize(method: Method | Iterable[Method] | None) -> Methods:
     for item in given:
         if not isinstance(item, Method):
             told = checks.told("method", item)
-            raise MethodError(f"{told} must be a LaplacianMerge, KVDownsample, ToMe, ToDo or BlockPool")
+            raise MethodError(f"{told} must be a LaplacianMerge, KVDownsample, ToMe, ToDo, Merge or BlockPool")
     methods = tuple(sorted((item for item in given if isinstance(item, Method)), key=lambda item: item.kind))
     kinds = [item.kind for item in methods]
     for kind in (MERGE, KV):
@@ -258,9 +289,8 @@ def _text(method: _Merge | KVMethod, leading: str) -> str:
         value = getattr(method, field.name)
         if field.name in LEADING or value == field.default:
             continue
-        shown = (
-            "x".join(map(str, value)) if isinstance(value, tuple) else "all" if value is None else str(value).lower()
-        )
+        shown = "x".join(map(str, value)) if isinstance(value, tuple) else "all" if value is None else str(value)
+        shown = shown.lower() if isinstance(value, bool) else shown
         parts.append(shown if field.name == "scope" else f"{field.name}={shown}")
     return ":".join(parts)
 

@@ -160,7 +160,6 @@ def _ones(surgeon: Surgeon, node: Node, assign: Node, groups: int) -> Node:
 
 _FREE: dict[Any, Callable[..., Node]] = {
     bigain.merge.default: _slice,
-    bigain.mlerp.default: _slice,
     bigain.group_sizes.default: _ones,
     bigain.unmerge.default: _tile,
     bigain.blend.default: _tile,

@@ -66,9 +66,8 @@ STUDIES = (
     Study(
         "merging",
         DITS,
-        "dense,tome:0.3,bigain-tm:0.3,tome:0.5,bigain-tm:0.5,tome:0.7,tome:0.7:destination=top-left,bigain-tm:0.7,"
-        "bigain-tm:0.7:cell_layout=row,bigain-tm:0.7:metric=input,bigain-tm:0.7:metric=stream,bigain-tm:0.7:reduce=mlerp,"
-        "bigain-tm:0.7:reduce=prune,bigain-tm:0.7:window=8,bigain-tm:0.7:window=4,"
+        "dense,tome:0.3,bigain-tm:0.3,tome:0.5,bigain-tm:0.5,tome:0.7,bigain-tm:0.7,bigain-tm:0.7:cell_layout=row,"
+        "bigain-tm:0.7:window=8,bigain-tm:0.7:window=4,"
         f"bigain-tm:0.7:proportional=true,bigain-tm:0.7:unmerge=blend,bigain-tm:0.7{BETTER},"
         f"tome:0.7{BETTER},block-pool:0.7,block-pool:0.7{BETTER},tome:0.75,bigain-tm:0.75,bigain-tm:0.75{BETTER},"
         f"bigain-tm:0.5{BETTER},bigain-tm:0.3{BETTER}",

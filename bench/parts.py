@@ -24,6 +24,7 @@ from bigain_fx import optimize
 from bigain_fx.bench import BenchError
 from bigain_fx.calls import CallBinder, flat_tensors
 from bigain_fx.passes import checks
+from bigain_fx.passes.destinations import RULES, rule_of
 from bigain_fx.passes.methods import Methods
 from bigain_fx.passes.ops import DECIDING, score
 from bigain_fx.stopwatch import synchronizer
@@ -36,8 +37,8 @@ aten, bigain = torch.ops.aten, torch.ops.bigain
 PARTS = ("score", "match", "select", "merge", "unmerge", "attention", "linear", "convolution", "rest")
 PLAN, DECISIONS = "plan", PARTS[:3]
 _PART: dict[Any, str] = {
-    **dict.fromkeys((*DECIDING, bigain.row_positions.default), PLAN),
-    **dict.fromkeys((bigain.merge.default, bigain.mlerp.default, bigain.group_sizes.default), "merge"),
+    **dict.fromkeys(DECIDING, PLAN),
+    **dict.fromkeys((bigain.merge.default, bigain.group_sizes.default), "merge"),
     **dict.fromkeys((bigain.kv_downsample.default, bigain.kv_downsample.Tensor), "merge"),
     **dict.fromkeys((bigain.unmerge.default, bigain.blend.default), "unmerge"),
     aten.scaled_dot_product_attention.default: "attention",
@@ -46,9 +47,7 @@ _PART: dict[Any, str] = {
 }
 ALONE = (PLAN, "merge", "unmerge", "attention")
 """What is compiled alone too."""
-_SCORES = frozenset(
-    function.__code__ for function in (score.laplacian_score, score.lowest_scoring, score.row_positions)
-)
+_SCORES = frozenset(function.__code__ for function in (score.laplacian_score, score.lowest_scoring))
 _SORTS = frozenset({aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable})
 
 
@@ -64,7 +63,7 @@ class _Timed(Interpreter):
         self._wait, self._inside = wait, inside
 
     def run_node(self, n: Node) -> Any:
-        part = _PART.get(n.target)
+        part = PLAN if rule_of(n.target) else _PART.get(n.target)
         if part is None:
             return super().run_node(n)
         if part in ALONE:
@@ -104,9 +103,9 @@ class _Inside(TorchDispatchMode):
 
 def _decision(func: Any, found: Any) -> str:
     """Scoring has its functions; matching is what else gives floating point, but for sorts; the rest selects."""
-    frame = sys._getframe(2)
+    frame, scores = sys._getframe(2), _SCORES | {rule.positions.__code__ for rule in RULES.values()}
     while frame.f_back is not None:
-        if frame.f_code in _SCORES:
+        if frame.f_code in scores:
             return "score"
         frame = frame.f_back
     floating = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(found))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bigain_fx.denoiser import OptimizedDenoiser, inspect, optimize
     from bigain_fx.deploy import ExportRecord, export_onnx, export_package
     from bigain_fx.deployed import OrtDenoiser, PackagedDenoiser, load_package
+    from bigain_fx.passes.destinations import Destinations, destination_rule
     from bigain_fx.passes.errors import (
         BigainError,
         CaptureError,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
         MethodError,
         RewriteError,
     )
-    from bigain_fx.passes.methods import BlockPool, KVDownsample, LaplacianMerge, LinearAlpha, ToDo, ToMe
+    from bigain_fx.passes.methods import BlockPool, KVDownsample, LaplacianMerge, LinearAlpha, Merge, ToDo, ToMe
     from bigain_fx.pipelines import Summary, disable, enable, summary
     from bigain_fx.presets import preset
     from bigain_fx.report import Report
@@ -34,10 +35,11 @@ _HOMES = {
     "bigain_fx.denoiser": ("OptimizedDenoiser", "inspect", "optimize"),
     "bigain_fx.deploy": ("ExportRecord", "export_onnx", "export_package"),
     "bigain_fx.deployed": ("OrtDenoiser", "PackagedDenoiser", "load_package"),
+    "bigain_fx.passes.destinations": ("Destinations", "destination_rule"),
     "bigain_fx.passes.errors": (
         "BigainError", "CaptureError", "ExportError", "GridError", "InputError", "MethodError", "RewriteError",
     ),
-    "bigain_fx.passes.methods": ("BlockPool", "KVDownsample", "LaplacianMerge", "LinearAlpha", "ToDo", "ToMe"),
+    "bigain_fx.passes.methods": ("BlockPool", "KVDownsample", "LaplacianMerge", "LinearAlpha", "Merge", "ToDo", "ToMe"),
     "bigain_fx.pipelines": ("Summary", "disable", "enable", "summary"),
     "bigain_fx.presets": ("preset",),
     "bigain_fx.report": ("Report",),
@@ -46,12 +48,12 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "AlphaCalibration", "BigainError", "BlockPool", "CaptureError", "Classification", "DiffusionClassifier",
-    "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha",
-    "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "RatioCalibration", "Report", "RewriteError",
-    "Summary", "ToDo", "ToMe",
-    "calibrate", "clear_times", "disable", "enable", "export_onnx", "export_package", "inspect", "load_package",
-    "optimize", "preset", "summary",
+    "AlphaCalibration", "BigainError", "BlockPool", "CaptureError", "Classification", "Destinations",
+    "DiffusionClassifier", "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample", "LaplacianMerge",
+    "LinearAlpha", "Merge", "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "RatioCalibration",
+    "Report", "RewriteError", "Summary", "ToDo", "ToMe",
+    "calibrate", "clear_times", "destination_rule", "disable", "enable", "export_onnx", "export_package", "inspect",
+    "load_package", "optimize", "preset", "summary",
 ]  # fmt: skip
 
 

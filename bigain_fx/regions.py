@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bigain_fx.passes import ops
 from bigain_fx.passes.axes import aten
+from bigain_fx.passes.destinations import RULES, Destinations
 from bigain_fx.passes.memory import roots, shown_by, written
 from bigain_fx.passes.ops import DECIDING
 from bigain_fx.passes.ops.kernels import switched_on
@@ -53,10 +54,17 @@ def own_cache() -> Iterator[None]:
         yield
 
 
-@cache
 def _source() -> str:
-    modules = [file.read_bytes() for file in sorted(Path(ops.__file__).parent.glob("*.py"))]
-    return hashlib.sha256(b"".join(modules)).hexdigest()
+    """A digest of the operators and of every destination rule that is known."""
+    files = sorted(Path(ops.__file__).parent.glob("*.py"))
+    rules = [rule for _, rule in sorted(RULES.items())]
+    return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), *map(_written, rules)])).hexdigest()
+
+
+def _written(rule: type[Destinations]) -> bytes:
+    """What ``rule`` does: the file it is in, or in a notebook its bytecode."""
+    file, code = getattr(sys.modules.get(rule.__module__), "__file__", None), rule.positions.__code__
+    return Path(file).read_bytes() if file else repr((code.co_code, code.co_names)).encode()
 
 
 def _with_own_inputs(nodes: Sequence[Node]) -> list[Node]:

@@ -23,6 +23,7 @@ from torch.onnx import ops as symbolic_ops
 from bigain_fx.export.functions import DOMAIN, FUNCTIONS, VERSION
 from bigain_fx.export.retrace import quiet, retrace
 from bigain_fx.passes.arguments import SDPA
+from bigain_fx.passes.destinations import rule_of
 from bigain_fx.passes.errors import ExportError, first_line
 from bigain_fx.passes.ops import downsampled_grid
 from bigain_fx.passes.ops.plan import NEAREST, SHARPNESS
@@ -57,11 +58,9 @@ def to_onnx(
         ExportError: an operator without an ONNX form; or torch's exporter cannot translate the graph (chained).
     """
     for node in module.graph.nodes:
-        if getattr(node.target, "namespace", "") == "bigain" and node.target not in _TABLE:
-            raise ExportError(
-                f"{node.target} has no ONNX form; cell_layout and reduce must be the defaults, and the method no "
-                "BlockPool"
-            )
+        ours = getattr(node.target, "namespace", "") == "bigain" and not rule_of(node.target)
+        if ours and node.target not in _TABLE:
+            raise ExportError(f"{node.target} has no ONNX form; the method must be no BlockPool")
         if node.target is SDPA and node.args[0].meta["val"].dtype == torch.bfloat16:
             raise ExportError(
                 f"{module_name(node)} attends in bfloat16 whatever the weights are, and ONNX Runtime has no kernel for "
@@ -111,6 +110,9 @@ class _Interpreter(fx.Interpreter):
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if rule := rule_of(target):  # a rule is made of what torch's exporter knows
+            metric, grid, cell, *values = args
+            return rule(*values).positions(metric, grid, cell)
         emit = self._table.get(target)
         found = emit(self._where, *args, **kwargs) if emit else NotImplemented
         return super().call_function(target, args, kwargs) if found is NotImplemented else found
@@ -126,7 +128,9 @@ def _merge_plan(
     window: list[int] | None = None,
 ) -> Sequence[Tensor]:
     batch, tokens, _ = metric.shape
-    name, inputs = ("LaplacianMergePlan", [metric]) if position is None else ("MergePlan", [metric, position[None]])
+    name, inputs = "LaplacianMergePlan", [metric]
+    if position is not None:
+        name, inputs = "MergePlan", [metric, position if position.ndim == 2 else position[None]]
     return symbolic_ops.symbolic_multi_out(
         f"{DOMAIN}::{name}", inputs,
         {"grid": list(grid), "cell": list(cell), "window": list(window or grid), "merged": merged},

@@ -2,7 +2,8 @@
 
 ``dense``, ``tome:0.7``, ``bigain-tm:0.7``, ``bigain-tm:0.7:block``, ``block-pool:0.5``, ``todo:2``, ``bigain-td:2``,
 ``bigain-td:2:0.9``, ``bigain-td:2:0.8..1.2``, ``bigain-tm:0.2/0.75/0.5``. Any other field is set by name, as in
-``bigain-tm:0.7:cell=3x3:levels=all`` or ``bigain-td:2:where=down_blocks.*/up_blocks.*``; ``+`` joins a merge with a
+``bigain-tm:0.7:cell=3x3:levels=all``, ``merge:0.7:destinations=random(seed=3)`` or
+``bigain-td:2:where=down_blocks.*/up_blocks.*``; ``+`` joins a merge with a
 downsampling, ``,`` lists. Methods print so too.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from bigain_fx.passes import destinations
 from bigain_fx.passes.errors import MethodError
 from bigain_fx.passes.methods import (
     CHOICES,
@@ -19,6 +21,7 @@ from bigain_fx.passes.methods import (
     KVDownsample,
     LaplacianMerge,
     LinearAlpha,
+    Merge,
     Method,
     Methods,
     ToDo,
@@ -32,7 +35,7 @@ SYNTAX = (
     ":NOISY..CLEAN], with :FIELD=VALUE for other fields; '+' joins two"
 )
 _BY_NAME: dict[str, type[Method]] = {
-    method.name: method for method in (ToMe, LaplacianMerge, BlockPool, ToDo, KVDownsample)
+    method.name: method for method in (ToMe, LaplacianMerge, Merge, BlockPool, ToDo, KVDownsample)
 }
 
 
@@ -92,6 +95,8 @@ def _value(field: str, text: str) -> Any:
             return read_where(text)
         case "levels":
             return None if text == "all" else int(text)
+        case "destinations":
+            return destinations.parse(text)
         case "cell":
             return tuple(int(side) for side in text.split("x"))
     return text

@@ -26,9 +26,8 @@ from bigain_fx.passes.axes import aten, parts, shape_of
 from bigain_fx.passes.fewer import Fewer, among_all, image_rows, one_behind_another, rows_of_each
 from bigain_fx.passes.fused import separated
 from bigain_fx.passes.images import Grid
-from bigain_fx.passes.methods import BlockPool, LaplacianMerge, MergeMethod, ToMe
-from bigain_fx.passes.metric import Metric
-from bigain_fx.passes.ops import complete_cells, random_positions, window_sides
+from bigain_fx.passes.methods import BlockPool, MergeMethod
+from bigain_fx.passes.ops import complete_cells, window_sides
 from bigain_fx.passes.region import Region
 from bigain_fx.passes.sites import AttentionSite
 from bigain_fx.passes.surgery import BRANCH, Surgeon
@@ -59,8 +58,6 @@ def refuse(site: AttentionSite, method: MergeMethod) -> str | None:
             return f"cell {method.cell} is larger than the grid {grid}"
     if tokens_after(site, method) == site.tokens:
         return f"ratio {method.ratios[0]:g} of {site.tokens} tokens merges none"
-    if method.metric == "stream" and site.above is None:
-        return "metric 'stream': no norm is found above its input"
     if method.proportional and mask_of(site.sdpa) is not None:
         return "proportional: its attention has a mask already"
     if method.proportional and shape_of(site.sdpa)[0] != site.batch:
@@ -81,12 +78,8 @@ def apply(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> Attenti
         before, _, after = parts(region.layouts[source][1])
         fewer = Fewer(surgeon, region.layouts, left, rep)
         groups = among_all(surgeon, assign, before, after, left)
-        if method.reduce == "prune":
-            merged = fewer.pick(source, (-2,), region.layouts[source])
-        else:
-            reduce = bigain.mlerp.default if method.reduce == "mlerp" else bigain.merge.default
-            with surgeon.after(max(source, groups)):
-                merged = surgeon.emit(reduce, (source, groups, before + left + after), like=site.sdpa)
+        with surgeon.after(max(source, groups)):
+            merged = surgeon.emit(bigain.merge.default, (source, groups, before + left + after), like=site.sdpa)
         known = {source: merged}
         fewer.replay(region.nodes, known)
         if method.proportional and site.sdpa in known and site.paths["k"]:
@@ -126,9 +119,8 @@ def _plan(surgeon: Surgeon, site: AttentionSite, method: MergeMethod) -> tuple[N
     Each image has a plan of its own, and takes its groups back from its own; the maps stand one behind another.
     """
     emit = surgeon.emit
-    found = {"auto": site.direct, "stream": site.above, "input": None}[method.metric] or Metric(site.x)
-    metric = found.source
-    for view in found.views:
+    metric = site.metric.source
+    for view in site.metric.views:
         metric = emit(view.target, (metric, *view.args[1:]), like=view, kwargs=view.kwargs)
     metric = image_rows(surgeon, metric, site.before, site.after)
     shared = method.align == "batch" and site.batch > 1
@@ -156,18 +148,12 @@ def _plan_image(
     surgeon: Surgeon, site: AttentionSite, method: MergeMethod, metric: Node, grid: Grid
 ) -> tuple[Node, ...]:
     """``assign``, ``rep``, and what blending reads where it is asked for, of one image with this ``metric``."""
-    emit, position = surgeon.emit, None
-    if isinstance(method, LaplacianMerge) and method.cell_layout == "row":
-        position = emit(bigain.row_positions.default, (metric, list(grid), list(method.cell)), like=site.sdpa)
-    elif isinstance(method, ToMe):
-        offsets = random_positions(grid, method.cell, method.seed)
-        if method.destination == "top-left":
-            offsets = torch.zeros_like(offsets)
-        position = surgeon.constant(f"bigain_positions_{grid[0]}x{grid[1]}", offsets, like=site.sdpa)
+    emit = surgeon.emit
     where, folded = (metric, list(grid), list(method.cell)), math.prod(grid) - _left(grid, method)
     if isinstance(method, BlockPool):
         plan = emit(bigain.pool_plan.default, (*where, folded // (math.prod(method.cell) - 1)), like=site.sdpa)
     else:
+        position = method.destinations.emit(surgeon, metric, grid, method.cell, like=site.sdpa)
         window = list(window_sides(grid, method.cell, method.window))
         plan = emit(bigain.merge_plan.default, (*where, folded, position, window), like=site.sdpa)
     assign, rep = surgeon.item(plan, 0), surgeon.item(plan, 1)

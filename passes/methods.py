@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from bigain_fx.passes import checks
+from bigain_fx.passes.destinations import RULES, Destinations, Laplacian, Random, Rows
 from bigain_fx.passes.errors import MethodError
 from bigain_fx.passes.where import Where, as_where, where_text
 
@@ -15,10 +16,9 @@ MERGE, KV = "merge", "kv"
 CHOICES = {
     "scope": ("attention", "block"),
     "align": ("sample", "batch"),
-    "metric": ("auto", "stream", "input"),
-    "reduce": ("mean", "mlerp", "prune"),
     "unmerge": ("copy", "blend"),
 }
+SMOOTHEST = Laplacian()
 LEADING = ("ratio", "factor", "alpha")
 """Fields that a text gives by their place; ``scope`` may be given by its value alone."""
 
@@ -72,8 +72,6 @@ class _Merge:
     where: Where = field(default=None, kw_only=True)
     scope: str = "attention"
     align: str = "sample"
-    metric: str = "auto"
-    reduce: str = "mean"
     proportional: bool = False
     unmerge: str = "copy"
 
@@ -135,10 +133,6 @@ class LaplacianMerge(_Match):
             to the next, cross-attention and MLP too, works on the merged tokens.
         align: ``"sample"`` plans each sample of a batch on its own; ``"batch"`` makes one plan for all of them, from
             their metrics side by side: for the halves of guidance, or one image under many conditions.
-        metric: what the plan is made from: ``"stream"`` is the input of the norm above the attention, ``"input"`` what
-            the attention reads, ``"auto"`` the stream where nothing but the norm lies between (``docs/operators.md``).
-        reduce: what a group becomes: its ``"mean"`` (the paper), ``"mlerp"``, the mean as long as the longest member,
-            or ``"prune"``, its destination as it is.
         proportional: whether a key counts for all tokens of its group (proportional attention, Bolya et al. 2023); not
             in the paper, which lets each count as one.
         unmerge: what a token that merged away gets back: ``"copy"``, its group's row (the paper), or ``"blend"``, a
@@ -155,26 +149,51 @@ class LaplacianMerge(_Match):
         super().__post_init__()
         checks.choice("cell_layout", self.cell_layout, ("block", "row"), error=MethodError)
 
+    @property
+    def destinations(self) -> Destinations:
+        """The rule that picks them."""
+        return Rows() if self.cell_layout == "row" else SMOOTHEST
+
 
 @dataclass(frozen=True)
 class ToMe(_Match):
-    """ToMe for diffusion, the baseline: as :class:`LaplacianMerge`, with destinations that ignore the image.
+    """ToMe for diffusion, the baseline: as :class:`LaplacianMerge`, with a random destination in each cell.
 
     Attributes:
-        ratio, cell, levels, where, scope, align, metric, reduce, proportional, unmerge, window: as in
-            :class:`LaplacianMerge`.
-        destination: ``"random"``, one draw per graph and grid from ``seed``, or ``"top-left"`` of each cell.
-        seed: of the draw.
+        ratio, cell, levels, where, scope, align, proportional, unmerge, window: as in :class:`LaplacianMerge`.
+        seed: of the draw, one per graph and grid.
     """
 
     name: ClassVar[str] = "tome"
-    destination: str = "random"
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.choice("destination", self.destination, ("random", "top-left"), error=MethodError)
         _keep(self, "seed", checks.integer("seed", self.seed, error=MethodError))
+
+    @property
+    def destinations(self) -> Destinations:
+        """The rule that picks them."""
+        return Random(self.seed)
+
+
+@dataclass(frozen=True)
+class Merge(_Match):
+    """A merge whose destination rule is yours: :class:`LaplacianMerge` and :class:`ToMe` are two that have names.
+
+    Attributes:
+        ratio, cell, levels, scope, align, proportional, unmerge, window: as in :class:`LaplacianMerge`.
+        destinations: which token of each cell the others merge into; :func:`bigain_fx.destination_rule` adds a rule.
+    """
+
+    name: ClassVar[str] = "merge"
+    destinations: Destinations = SMOOTHEST
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.destinations) not in RULES.values():
+            given = checks.told("destinations", self.destinations)
+            raise MethodError(f"{given} must be a registered rule; there are {', '.join(RULES)}")
 
 
 @dataclass(frozen=True)
@@ -183,7 +202,7 @@ class BlockPool(_Merge):
 
     Attributes:
         ratio: share of the tokens that go, rounded down to whole cells.
-        cell, levels, where, scope, align, metric, reduce, proportional, unmerge: as in :class:`LaplacianMerge`.
+        cell, levels, where, scope, align, proportional, unmerge: as in :class:`LaplacianMerge`.
     """
 
     name: ClassVar[str] = "block-pool"
@@ -246,7 +265,7 @@ class ToDo:
         return _text(self, f"{self.factor}")
 
 
-MergeMethod = LaplacianMerge | ToMe | BlockPool
+MergeMethod = LaplacianMerge | ToMe | Merge | BlockPool
 KVMethod = KVDownsample | ToDo
 Method = MergeMethod | KVMethod
 Methods = tuple[Method, ...]
@@ -265,7 +284,7 @@ def normalize(method: Method | Iterable[Method] | None) -> Methods:
     for item in given:
         if not isinstance(item, Method):
             told = checks.told("method", item)
-            raise MethodError(f"{told} must be a LaplacianMerge, KVDownsample, ToMe, ToDo or BlockPool")
+            raise MethodError(f"{told} must be a LaplacianMerge, KVDownsample, ToMe, ToDo, Merge or BlockPool")
     methods = tuple(sorted((item for item in given if isinstance(item, Method)), key=lambda item: item.kind))
     kinds = [item.kind for item in methods]
     for kind in (MERGE, KV):
@@ -289,7 +308,8 @@ def _text(method: _Merge | KVMethod, leading: str) -> str:
 def _shown(name: str, value: Any) -> str:
     if name == "where":
         return where_text(value)
-    return "x".join(map(str, value)) if isinstance(value, tuple) else "all" if value is None else str(value).lower()
+    shown = "x".join(map(str, value)) if isinstance(value, tuple) else "all" if value is None else str(value)
+    return shown.lower() if isinstance(value, bool) else shown
 
 
 def _keep(method: object, name: str, value: object) -> None:

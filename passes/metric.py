@@ -22,13 +22,8 @@ class Metric:
     views: tuple[Node, ...] = ()
 
 
-def stream(x: Node, modulated: bool = False) -> Metric | None:
-    """The input of the norm that ``x`` is the direct output of (``docs/operators.md``, "Metric"), None if of none.
-
-    Args:
-        x: ``(B, rows, C)``.
-        modulated: pass over a scale, shift or gate between the norm and ``x``.
-    """
+def stream(x: Node) -> Metric | None:
+    """Return the input of the norm whose direct output ``x (B, rows, C)`` is, or None (docs/operators.md, "Metric")."""
     views: list[Node] = []
     node: Any = x
     while True:
@@ -46,7 +41,7 @@ def stream(x: Node, modulated: bool = False) -> Metric | None:
         whole = [operand for operand in same if not _is_constant(operand)]
         others = [operand for operand in node.all_input_nodes if operand not in whole]
         weighted = bool(others) and all(_is_channel_weight(operand) for operand in others)
-        if len(whole) != 1 or not (modulated or weighted):
+        if len(whole) != 1 or not weighted:
             return None
         node = whole[0]
 

@@ -49,9 +49,8 @@ class AttentionSite:
         x: ``(B, rows, C)``, what q, k and v of the image tokens are projected from.
         before, after: rows of ``x`` that are no image tokens.
         grids: ``(h, w)`` of each image, whose tokens lie one behind another.
-        direct: the metric where it is the residual stream: ``x`` is a norm's direct output (``docs/operators.md``,
-            "Metric").
-        above: the input of the norm above ``x``, whatever modulates it in between; None if there is none.
+        metric: what a plan is made from: ``x``, or the residual stream if ``x`` is a norm's direct output
+            (``docs/operators.md``, "Metric").
         paths: for each of ``"q"``, ``"k"``, ``"v"``: the nodes after ``x`` up to the SDPA operand, in graph order.
         carriers: the linear layers of ``paths`` that project more than one thing, and what splits their results.
         output: the region after the SDPA.
@@ -66,8 +65,7 @@ class AttentionSite:
     before: int
     after: int
     grids: Grids
-    direct: Metric | None
-    above: Metric | None
+    metric: Metric
     paths: Mapping[str, tuple[Node, ...]] = field(repr=False)
     carriers: Set[Node] = field(repr=False)
     output: Region = field(repr=False)
@@ -138,7 +136,7 @@ def find_sites(graph: Graph, hint: Grids | None = None) -> tuple[dict[Node, Atte
     if hint is not None and lost:
         places = {node: _place(node, around, hint) for node in attentions}
     good = [place for place in places.values() if not isinstance(place, Refusal)]
-    read = {node for place in good for node in (place.x, *(m.source for m in (place.direct, place.above) if m))}
+    read = {node for place in good for node in (place.x, place.metric.source)}
     around = replace(around, read=read)
     found = {
         node: place if isinstance(place, Refusal) else _match(node, place, around) for node, place in places.items()
@@ -163,12 +161,8 @@ class _Place:
     after: int
 
     @property
-    def direct(self) -> Metric | None:
-        return _checked(stream(self.x), self.x)
-
-    @property
-    def above(self) -> Metric | None:
-        return _checked(stream(self.x, modulated=True), self.x)
+    def metric(self) -> Metric:
+        return _checked(stream(self.x), self.x) or Metric(self.x)
 
 
 def _match(sdpa: Node, place: _Place, around: Surroundings) -> AttentionSite | Refusal:
@@ -211,12 +205,12 @@ def _match(sdpa: Node, place: _Place, around: Surroundings) -> AttentionSite | R
             return Refusal(f"{node.name} is also read outside the attention, by {outside[0].name}", node.name)
     # The rewritten graph reads right behind x what the projections read later, and the norm before.
     last = max(user for alias in aliases(x) & {x, *inside} for user in alias.users if user in inside)
-    sources = [metric.source for metric in (place.direct, place.above) if metric]
-    for node, until in ((x, last), *((source, x) for source in sources)):
+    metric = place.metric
+    for node, until in ((x, last), (metric.source, x)):
         if changed := written_by(node, until):
             return Refusal(f"{node.name} is changed in place by {changed.name}", node.name)
     return AttentionSite(
-        module_name(sdpa), sdpa, x, before, after, place.grids, place.direct, place.above, paths, carriers, output, (),
+        module_name(sdpa), sdpa, x, before, after, place.grids, metric, paths, carriers, output, (),
         {**layouts, **output.layouts},
     )  # fmt: skip
 

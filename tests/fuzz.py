@@ -26,7 +26,7 @@ from bigain_fx.passes.errors import GridError
 from bigain_fx.passes.methods import KV, MERGE, Methods
 from bigain_fx.passes.pipeline import SiteRecord, rewrite
 from tests import oracle
-from tests.fuzz_attention import Attention, Metrics
+from tests.fuzz_attention import Attention
 from tests.fuzz_cases import MUST, NEVER, Case, build, draw, inputs
 from tests.fuzz_model import Denoiser
 from tests.fuzz_parts import Pair
@@ -49,14 +49,12 @@ class Naive:
     nearest: list[int] | None = None
     margin: float = math.inf
 
-    def swap(self, x: Tensor, metrics: Metrics) -> tuple[Tensor, Tensor]:
+    def swap(self, x: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
         assert self.record.grid is not None
         grid, queries, keys = self.record.grid, x, x
         rows = slice(self.start, self.start + math.prod(grid))
         for method in self.methods:
             if method.kind == MERGE and MERGE in self.record.action:
-                metric = metrics[method.metric]
-                assert metric is not None, "metric='stream' where there is no norm"
                 metric = metric[:, rows]
                 if method.align == "batch":
                     metric = metric.transpose(0, 1).reshape(1, math.prod(grid), -1)
@@ -86,8 +84,7 @@ class Naive:
     def squeeze(self, x: Tensor) -> Tensor:
         assert self.plan is not None
         image = x[:, self.start : self.start + self.plan.assign.shape[1]]
-        reduce = {"mean": oracle.merge, "mlerp": oracle.mlerp, "prune": oracle.prune}[self.merge.reduce]
-        return replaced(x, self.plan.rep + self.start, reduce(image, self.plan))
+        return replaced(x, self.plan.rep + self.start, oracle.merge(image, self.plan))
 
     def spread(self, y: Tensor) -> Tensor:
         assert self.plan is not None
@@ -143,7 +140,7 @@ def planned(metric: Tensor, grid: Pair, method: Any) -> tuple[oracle.Plan, float
         gaps = [(row[pooled] - row[pooled - 1]) / max(row[pooled], 1e-9) for row in worst if pooled < len(row)]
         return oracle.pool_plan(metric, grid, method.cell, pooled), min(gaps, default=math.inf)
     merged, window = folded(method, grid), oracle.window_sides(grid, method.cell, method.window)
-    positions = oracle.top_left(grid, method.cell) if isinstance(method, bgx.ToMe) else None
+    positions = oracle.random_positions(grid, method.cell, method.seed) if isinstance(method, bgx.ToMe) else None
     plan = oracle.merge_plan(metric, grid, method.cell, merged, positions, window)
     return plan, margin(metric, grid, method.cell, merged, positions, window)
 

@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from tests.fuzz_parts import CUTS, Choices, CrossAttention, Env, HeadNorm, Rotary, Sizes, overwrite, renamed
 
-Metrics = Mapping[str, Tensor | None]
-
 
 class Oracle(Protocol):
     """What is put in by hand at one attention; ``block``: and at what else works token by token up to the next one."""
 
     block: bool
 
-    def swap(self, x: Tensor, metrics: Metrics) -> tuple[Tensor, Tensor]:
+    def swap(self, x: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
         """What queries, and what keys and values, are projected from: as long as ``x`` (B, S, C)."""
 
     def squeeze(self, x: Tensor) -> Tensor:
@@ -197,7 +195,7 @@ class Attention(nn.Module):
         return self.sizes.text - self.start if flipped else self.start
 
     def forward(
-        self, x: Tensor, metrics: Metrics, y: Tensor | None, env: Env, text: Tensor | None
+        self, x: Tensor, metric: Tensor, y: Tensor | None, env: Env, text: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The branch's output for ``x`` (B, S, C), and for the context ``y`` (B, T, C) of joint attention."""
         c, rows = self.c, 2 if self.early else 1
@@ -212,15 +210,15 @@ class Attention(nn.Module):
         if c["odd"] == "base_before":
             overwrite(base, c["write"])
         if c["odd"] in ("base_first", "base_before"):
-            metrics = {**metrics, "auto": x, "input": x}
+            metric = x
         elif c["odd"] == "base_after" and c["alias"] in CUTS:
-            metrics = {**metrics, "auto": x.clone(), "input": x.clone()}
+            metric = x.clone()
         if c["odd"] in ("base_between", "base_clones"):
             self.between = lambda: overwrite(base, c["write"])
         q, k, v, rest = self.project(x, env)
         whole = {"q": q, "k": k, "v": v}
         if oracle is not None:
-            for_queries, for_keys = oracle.swap(x, metrics)
+            for_queries, for_keys = oracle.swap(x, metric)
             q, (_, k, v, _) = self.project(for_queries, env)[0], self.project(for_keys, env)
             if oracle.block:
                 x, rest = for_queries, self.project(for_queries, env)[3]

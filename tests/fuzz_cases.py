@@ -129,16 +129,7 @@ class Case:
         """Whether nothing that ``method`` needs could be missing at the attention of module ``name``."""
         c = self.design.blocks[int(name.split(".")[1])]
         weighed = c["mask"] == "none" and c["layout"] not in ("flat", "head_major")
-        if getattr(method, "proportional", False) and not weighed and name.endswith(".attn"):
-            return False
-        return getattr(method, "metric", "") != "stream" or bool(self.stream(name))
-
-    def stream(self, name: str) -> bool | None:
-        """Whether there is a norm above what the attention reads, for ``metric="stream"``; None if that may depend."""
-        index, design = int(name.split(".")[1]), self.design
-        if design.blocks[index]["norm"] != "none":
-            return True
-        return False if index and design.blocks[index - 1]["post"] == "none" and design.repeat == 1 else None
+        return not (getattr(method, "proportional", False) and not weighed and name.endswith(".attn"))
 
     def grid(self, name: str) -> Pair:
         """The grid of the attention of module ``name``."""
@@ -295,10 +286,8 @@ def draw_methods(rng: random.Random, design: Design) -> Methods:
         cell = rng.choice([(2, 2), (2, 2), (2, 2), (1, 2), (2, 4), (3, 3)])
         ratio = rng.uniform(0.15, 1 - 1 / math.prod(cell))
         align = "batch" if rng.random() < 0.15 else "sample"
-        metric = rng.choice(["auto"] * 6 + ["stream", "input"])
         scope = "block" if rng.random() < 0.2 and all(map(branches, design.blocks)) else "attention"
-        options: dict[str, Any] = {"levels": levels, "scope": scope, "align": align, "metric": metric}
-        options["reduce"] = rng.choice(["mean"] * 6 + ["mlerp", "prune"])
+        options: dict[str, Any] = {"levels": levels, "scope": scope, "align": align}
         options["proportional"] = rng.random() < 0.2
         # A blend goes through a norm behind the attention only where all of the block is merged.
         through = scope == "block" or all(c["out"] != "sandwich" for c in design.blocks)
@@ -306,7 +295,7 @@ def draw_methods(rng: random.Random, design: Design) -> Methods:
         window = {"window": rng.choice([2, 3, 4, 6])} if rng.random() < 0.2 else {}
         kind = rng.choice(["laplacian"] * 5 + ["tome"] * 3 + ["pool"] * 2)
         if kind == "tome":
-            chosen.append(bgx.ToMe(ratio, cell, destination="top-left", **options, **window))
+            chosen.append(bgx.ToMe(ratio, cell, seed=rng.randrange(3), **options, **window))
         elif kind == "pool":
             chosen.append(bgx.BlockPool(ratio, cell, **options))
         else:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fuzz_attention import Attention, Metrics
+from tests.fuzz_attention import Attention
 from tests.fuzz_parts import Choices, CrossAttention, Env, Norm, Pair, Sizes, overwrite, renamed
 
 CHANNELS, PATCH = 3, 2
@@ -91,10 +91,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Both streams after the block; ``before``, of ``h`` and of the result: what that is the norm of, if it is."""
         c = self.c
-        x, metrics = self.prepare(self.enter(h), env, before)
+        x, metric = self.prepare(self.enter(h), env, before)
         y = self.norm_text(text) if c["kind"] in ("joint", "added") else None  # type: ignore[arg-type]
         if self.attn.oracles:
-            metrics = {name: None if metric is None else metric.clone() for name, metric in metrics.items()}
+            metric = metric.clone()
         if c["odd"] == "inplace_h":
             h.mul_(0.5)
         elif c["odd"] == "inplace_h_view":
@@ -103,10 +103,10 @@ class Block(nn.Module):
             base, h = h, renamed(h, c["alias"])
             overwrite(base, c["write"])
         if c["norm"] == "none" and c["odd"] in ("inplace_h", "inplace_h_view", "base_h"):
-            metrics = {**metrics, "auto": x, "input": x}  # what is attended to is no norm's output any more
-        out, out_text = self.attn(x, metrics, y, env, text)
+            metric = x  # what is attended to is no norm's output any more
+        out, out_text = self.attn(x, metric, y, env, text)
         if c["dual"] == "yes":
-            out = out + self.attn2(x, metrics, None, env, None)[0]
+            out = out + self.attn2(x, metric, None, env, None)[0]
         out = self.leave(out)
         if c["odd"] == "inplace_residual":
             h.add_(out)
@@ -124,8 +124,8 @@ class Block(nn.Module):
         used = self.attn.used
         return layers(s) if used is None else used.spread(layers(used.squeeze(s)))
 
-    def prepare(self, h: Tensor, env: Env, before: Tensor | None) -> tuple[Tensor, Metrics]:
-        """What is attended to, and the metric that ``docs/operators.md`` prescribes, for each way to choose one."""
+    def prepare(self, h: Tensor, env: Env, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is attended to, and the metric that ``docs/operators.md`` prescribes."""
         c, base = self.c, h
         h = renamed(h, c["alias"]) if c["odd"] == "base_above" else h
         above, x = h, self.norm(h)
@@ -140,14 +140,14 @@ class Block(nn.Module):
         if c["odd"] == "x_cast":
             x = x.double().to(x.dtype)
         if c["modulation"] == "none":
-            return x, {"auto": x if above is None else above, "stream": above, "input": x}
+            return x, x if above is None else above
         assert env.emb is not None
         if c["modulation"] == "scale_shift":
             shift, scale = self.modulation(F.silu(env.emb))[:, None].chunk(2, -1)
         else:
             shift, scale = (self.table[None] + env.emb.unsqueeze(1)).chunk(2, 1)
         x = x * (1 + scale) + shift
-        return x, {"auto": x, "stream": above, "input": x}
+        return x, x
 
     def enter(self, h: Tensor) -> Tensor:
         (rows, columns), (b, n, width) = self.sizes.grid, h.shape

@@ -97,9 +97,10 @@ def destinations(score: Tensor, grid: Pair, cell: Pair, positions: Sequence[int]
     return result
 
 
-def top_left(grid: Pair, cell: Pair) -> list[int]:
-    """The positions that make the top-left token of every complete cell its destination."""
-    return [0] * len(cell_tokens(grid, cell))
+def random_positions(grid: Pair, cell: Pair, seed: int) -> list[int]:
+    """ToMe's draw, which a seed defines: the position of the destination in every complete cell."""
+    cells, generator = len(cell_tokens(grid, cell)), torch.Generator().manual_seed(seed)
+    return torch.randint(cell[0] * cell[1], (cells,), generator=generator).tolist()
 
 
 def row_positions(score: Tensor, grid: Pair, cell: Pair) -> list[list[int]]:
@@ -213,16 +214,6 @@ def one_behind_another(plans: Sequence[Plan]) -> Plan:
     return Plan(torch.tensor(assign), torch.tensor(rep))
 
 
-def mlerp(x: Tensor, plan: Plan) -> Tensor:
-    """Every group's mean, stretched to the length of its longest member."""
-    merged = merge(x.float(), plan)
-    for b in range(len(x)):
-        for group in range(merged.shape[1]):
-            lengths = [float(x[b, token].float().norm()) for token, of in enumerate(plan.assign[b]) if of == group]
-            merged[b, group] *= max(lengths) / max(float(merged[b, group].norm()), 1e-12)
-    return merged.to(x.dtype)
-
-
 def group_sizes(plan: Plan) -> Tensor:
     """How many tokens each group has, (B, M) float32."""
     rows = [[sum(of == group for of in row) for group in range(plan.rep.shape[1])] for row in plan.assign.tolist()]
@@ -243,11 +234,6 @@ def blend(y: Tensor, metric: Tensor, plan: Plan) -> Tensor:
             rows = [weight * y[b, group].float() for weight, group in zip(weights, best, strict=True)]
             result[b, token] = torch.stack(rows).sum(0) / sum(weights)
     return result.to(y.dtype)
-
-
-def prune(x: Tensor, plan: Plan) -> Tensor:
-    """The representative of every group, as it is."""
-    return torch.stack([x[b, plan.rep[b]] for b in range(len(x))])
 
 
 def merge(x: Tensor, plan: Plan) -> Tensor:

@@ -134,13 +134,12 @@ for kind in (bgx.LaplacianMerge, bgx.ToMe, bgx.BlockPool):
     bad(f"{own} cell", [*GRID, None, (1, 1), [2, 2]], lambda value, kind=kind: kind(cell=value))
     bad(f"{own} levels", COUNT, lambda value, kind=kind: kind(levels=value))
     bad(f"{own} where", WHERE, lambda value, kind=kind: kind(where=value))
-    for name in ("scope", "align", "metric", "reduce", "unmerge"):
+    for name in ("scope", "align", "unmerge"):
         bad(f"{own} {name}", [*CHOICE, None], lambda value, kind=kind, name=name: kind(**{name: value}))
     bad(f"{own} proportional", FLAG, lambda value, kind=kind: kind(proportional=value))
 for kind in (bgx.LaplacianMerge, bgx.ToMe):
     bad(f"{kind.__name__} window", COUNT, lambda value, kind=kind: kind(window=value))
 bad("LaplacianMerge cell_layout", [*CHOICE, None], lambda value: bgx.LaplacianMerge(cell_layout=value))
-bad("ToMe destination", [*CHOICE, None], lambda value: bgx.ToMe(destination=value))
 bad("ToMe seed", [*INTEGER, None], lambda value: bgx.ToMe(seed=value))
 for kind in (bgx.KVDownsample, bgx.ToDo):
     bad(f"{kind.__name__} factor", [*COUNT, None, 1], lambda value, kind=kind: kind(factor=value))

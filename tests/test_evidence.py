@@ -65,7 +65,7 @@ def test_every_study_has_a_section() -> None:
 
 def test_sweeps_are_drawn_over_the_ratio_and_over_alpha() -> None:
     merging = result(
-        row("dense", 60), row("tome:0.7", 40), row("tome:0.5", 50), row("tome:0.7:destination=top-left", 1),
+        row("dense", 60), row("tome:0.7", 40), row("tome:0.5", 50), row("tome:0.7:no_longer=there", 1),
         row(f"bigain-tm:0.7{evidence.BETTER}", 45), row("bigain-tm:0.7:window=8", 1),
     )  # fmt: skip
     downsampling = result(

@@ -61,7 +61,6 @@ def test_another_operator_is_noticed(operator: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(oracle, operator, lambda x, *rest: right(x, *rest) * 1.001)
     kind = operator.split("_")[0]
     seeds = [seed for seed in QUICK if any(method.kind == kind for method in fuzz.draw(seed).methods)]
-    # Not every reduction of a merge is this operator.
     outcome = next(found for found in map(fuzz.check, seeds) if found.problems)
     assert "from the oracle's" in outcome.problems[0]
     assert f"seed {outcome.case.seed}:" in str(outcome)

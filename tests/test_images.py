@@ -120,8 +120,8 @@ def by_rows(metric: Tensor, grid: Pair) -> oracle.Plan:
     return oracle.Plan(*(torch.cat([getattr(plan, name) for plan in plans]) for name in ("assign", "rep")))
 
 
-def top_left(metric: Tensor, grid: Pair) -> oracle.Plan:
-    return laplacian(metric, grid, positions=oracle.top_left(grid, (2, 2)))
+def drawn(metric: Tensor, grid: Pair) -> oracle.Plan:
+    return laplacian(metric, grid, positions=oracle.random_positions(grid, (2, 2), 3))
 
 
 def pooled(metric: Tensor, grid: Pair) -> oracle.Plan:
@@ -133,10 +133,8 @@ METHODS: dict[str, tuple[Any, Maker]] = {
     "none of one image": (bgx.LaplacianMerge(0.1), partial(laplacian, ratio=0.1)),
     "window": (bgx.LaplacianMerge(0.5, window=4), in_windows),
     "row": (bgx.LaplacianMerge(0.5, cell_layout="row"), by_rows),
-    "tome": (bgx.ToMe(0.5, destination="top-left"), top_left),
+    "tome": (bgx.ToMe(0.5, seed=3), drawn),
     "pool": (bgx.BlockPool(0.5), pooled),
-    "mlerp": (bgx.LaplacianMerge(0.5, reduce="mlerp"), laplacian),
-    "prune": (bgx.LaplacianMerge(0.5, reduce="prune"), laplacian),
     "proportional": (bgx.LaplacianMerge(0.5, proportional=True), laplacian),
     "blend": (bgx.LaplacianMerge(0.75, unmerge="blend"), partial(laplacian, ratio=0.75)),
     "aligned": (bgx.LaplacianMerge(0.5, align="batch"), laplacian),
@@ -156,8 +154,7 @@ def plan_by_hand(toy: Images, method: Any, make: Maker) -> None:
         plans = [make(metric[:, a:b], grid) for (a, b), grid in zip(pairwise(bounds), GRIDS, strict=True)]
         plans = [oracle.Plan(plan.assign.expand(2, -1), plan.rep.expand(2, -1)) for plan in plans]
         made.append((metric, plans, oracle.one_behind_another(plans)))
-        reduced = {"mean": oracle.merge, "mlerp": oracle.mlerp, "prune": oracle.prune}[method.reduce]
-        few = reduced(x[:, FIRST : FIRST + TOTAL], made[0][2])
+        few = oracle.merge(x[:, FIRST : FIRST + TOTAL], made[0][2])
         return torch.cat([x[:, :FIRST], few, x[:, FIRST + TOTAL :]], 1)
 
     def unmerge(y: Tensor) -> Tensor:

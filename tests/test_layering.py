@@ -117,11 +117,12 @@ print([i for i, (a, b) in enumerate(zip(before, after)) if a != b])
 
 def test_the_public_api() -> None:
     assert sorted(bigain_fx.__all__) == [
-        "AlphaCalibration", "BigainError", "BlockPool", "CaptureError", "Classification", "DiffusionClassifier",
-        "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample", "LaplacianMerge", "LinearAlpha",
-        "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser", "RatioCalibration", "Report",
-        "RewriteError", "Summary", "ToDo", "ToMe", "calibrate", "clear_times", "disable", "enable", "export_onnx",
-        "export_package", "inspect", "load_package", "optimize", "preset", "summary",
+        "AlphaCalibration", "BigainError", "BlockPool", "CaptureError", "Classification", "Destinations",
+        "DiffusionClassifier", "ExportError", "ExportRecord", "GridError", "InputError", "KVDownsample",
+        "LaplacianMerge", "LinearAlpha", "Merge", "MethodError", "OptimizedDenoiser", "OrtDenoiser", "PackagedDenoiser",
+        "RatioCalibration", "Report", "RewriteError", "Summary", "ToDo", "ToMe", "calibrate", "clear_times",
+        "destination_rule", "disable", "enable", "export_onnx", "export_package", "inspect", "load_package", "optimize",
+        "preset", "summary",
     ]  # fmt: skip
     for name in bigain_fx.__all__:
         assert getattr(bigain_fx, name).__doc__, name

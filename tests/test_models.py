@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from torch import Tensor
 
 import bigain_fx as bgx
-from bigain_fx.passes import ops
 from tests import oracle
 from tests.processors import Downsample, Merge, Pair, Ramp, action, apply
 
@@ -55,11 +55,6 @@ class Case:
     downsample: Downsample | None = None
 
 
-def random_draw(seed: int) -> Any:
-    """ToMe's draw of destinations, which a seed defines and nothing else."""
-    return lambda grid, cell: ops.random_positions(grid, cell, seed).tolist()
-
-
 def cases(levels: int | None) -> dict[str, Case]:
     """Every method at ``levels``."""
     merge, kv = bgx.LaplacianMerge(levels=levels), bgx.KVDownsample(levels=levels)
@@ -67,9 +62,9 @@ def cases(levels: int | None) -> dict[str, Case]:
     return {
         "merge": Case(merge, Merge(0.7, levels=levels)),
         "merge-2x4": Case(bgx.LaplacianMerge(0.8, (2, 4), levels), Merge(0.8, (2, 4), levels=levels)),
-        "tome": Case(bgx.ToMe(seed=5, levels=levels), Merge(0.7, positions=random_draw(5), levels=levels)),
-        "tome-top-left": Case(
-            bgx.ToMe(0.5, destination="top-left", levels=levels), Merge(0.5, (2, 2), oracle.top_left, levels)
+        "tome": Case(
+            bgx.ToMe(seed=5, levels=levels),
+            Merge(0.7, positions=partial(oracle.random_positions, seed=5), levels=levels),
         ),
         "kv": Case(kv, None, Downsample(2, 0.9, levels)),
         "kv-4": Case(bgx.KVDownsample(4, 1.2, levels), None, Downsample(4, 1.2, levels)),

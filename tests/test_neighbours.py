@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigain_fx as bgx
+from bigain_fx.passes.pipeline import Rewritten
 from tests import oracle
 from tests.test_scope import GRID, MERGED, RATIO, merges, run
 from tests.toys import HEADS, C, H, N, Toy, W, heads, join
@@ -184,6 +185,13 @@ FORMS = {
 }
 
 
+def by_the_stream(rewritten: Rewritten) -> bool:
+    """Whether the plan is made from what the attention's result is added to."""
+    *_, output = rewritten.module.graph.nodes
+    (plan,) = (node for node in rewritten.module.graph.nodes if "_plan" in str(node.target))
+    return plan.args[0] is output.args[0][0].args[0]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_an_rms_norm_that_is_spelled_out_has_the_stream_as_metric(form: str) -> None:
     class Spelled(Toy):
@@ -191,8 +199,9 @@ def test_an_rms_norm_that_is_spelled_out_has_the_stream_as_metric(form: str) -> 
             h = self.tokens(image)
             return h + self.branch(FORMS[form](h), h)
 
-    rewritten, _ = run(Spelled(), bgx.LaplacianMerge(RATIO, metric="stream"), IMAGE)
-    assert merges(rewritten) == (form in ("rsqrt", "product", "square", "root"))
+    rewritten, _ = run(Spelled(), bgx.LaplacianMerge(RATIO), IMAGE)
+    assert merges(rewritten) == 1
+    assert by_the_stream(rewritten) == (form in ("rsqrt", "product", "square", "root"))
 
 
 def test_the_metric_does_not_depend_on_the_batch() -> None:
@@ -206,4 +215,6 @@ def test_the_metric_does_not_depend_on_the_batch() -> None:
             return h + self.branch(self.norm(h) + self.position, h)
 
     for batch in (1, 2):
-        assert merges(run(Moved(), bgx.LaplacianMerge(RATIO, metric="stream"), IMAGE[:batch])[0]) == 1
+        rewritten, _ = run(Moved(), bgx.LaplacianMerge(RATIO), IMAGE[:batch])
+        assert merges(rewritten) == 1
+        assert not by_the_stream(rewritten)

@@ -38,7 +38,7 @@ def test_oracle_ties_take_the_lowest_index() -> None:
 def test_oracle_incomplete_cells_are_sources() -> None:
     assert oracle.cell_tokens((3, 5), (2, 2)) == [[0, 1, 5, 6], [2, 3, 7, 8]]
     assert oracle.merged_count((3, 5), (2, 2), 0.7) == 10
-    plan = oracle.merge_plan(torch.ones(1, 15, 1), (3, 5), (2, 2), 13, oracle.top_left((3, 5), (2, 2)))
+    plan = oracle.merge_plan(torch.ones(1, 15, 1), (3, 5), (2, 2), 13, [0, 0])
     assert plan.token_map() == [[0, 0, 2] + [0] * 12]
 
 

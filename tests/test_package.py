@@ -174,7 +174,7 @@ SCHEDULED = (bgx.LaplacianMerge(0.5), bgx.KVDownsample(2, bgx.LinearAlpha()))
         (unet, UNET, SCHEDULED),
         (dit, DIT, SCHEDULED),
         (dit, DIT, (bgx.LaplacianMerge(0.5, proportional=True, unmerge="blend", cell_layout="row"),)),
-        (dit, DIT, (bgx.BlockPool(0.5, reduce="mlerp"),)),
+        (dit, DIT, (bgx.BlockPool(0.5),)),
     ],
     ids=["unet-tm", "unet-td", "unet-both", "dit-both", "dit-blend", "dit-pool"],
 )

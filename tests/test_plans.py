@@ -30,7 +30,7 @@ def planned(method: Merge, metric: Tensor, grid: Pair) -> tuple[oracle.Plan, lis
         plan = oracle.pool_plan(metric, grid, method.cell, merged // 3)
         shared = [[token for token in row.tolist() if row.tolist().count(token) > 1] for row in plan.assign]
         return plan, [list({int(plan.rep[b, group]) for group in groups}) for b, groups in enumerate(shared)]
-    chosen = oracle.top_left(grid, method.cell) if isinstance(method, bgx.ToMe) else None
+    chosen = oracle.random_positions(grid, method.cell, method.seed) if isinstance(method, bgx.ToMe) else None
     score = oracle.laplacian_score(metric, grid)
     return oracle.merge_plan(metric, grid, method.cell, merged, chosen), \
         oracle.destinations(score, grid, method.cell, chosen)  # fmt: skip
@@ -38,7 +38,7 @@ def planned(method: Merge, metric: Tensor, grid: Pair) -> tuple[oracle.Plan, lis
 
 METHODS: list[Merge] = [
     bgx.LaplacianMerge(0.5), bgx.LaplacianMerge(0.4, cell=(1, 4)), bgx.LaplacianMerge(0.7, scope="block"),
-    bgx.LaplacianMerge(0.5, reduce="prune"), bgx.ToMe(0.5, destination="top-left"), bgx.BlockPool(0.5),
+    bgx.ToMe(0.5, seed=3), bgx.BlockPool(0.5),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import operator
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import bigain_fx as bgx
 from bigain_fx.calls import CallBinder, flat_tensors
 from bigain_fx.capture import capture
 from bigain_fx.passes import ops
+from bigain_fx.passes.destinations import RULES
 from bigain_fx.passes.methods import normalize
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.passes.surgery import BRANCH
@@ -104,7 +106,8 @@ def test_compiled_code_is_cached_under_the_source_of_the_operators(
             options = {"method": METHODS["merge"], "backend": keep}
             torch.compile(model, backend="bigain", dynamic=False, options=options)(IMAGE)
         assert torch.compiler.config.cache_key_tag == "mine"
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(OPS.glob("*.py")))).hexdigest()
+    rules = [Path(inspect.getfile(rule)) for _, rule in sorted(RULES.items())]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in [*sorted(OPS.glob("*.py")), *rules])).hexdigest()
     assert tags == [f"mine bigain-fx {digest}{kernels}"]
 
 

@@ -183,7 +183,7 @@ def test_one_plan_for_the_whole_batch(ratio: float) -> None:
 
 
 class Scaled(Toy):
-    """A scale between the norm and the attention: the metric is the attention's input, unless asked otherwise."""
+    """A scale between the norm and the attention: the metric is the attention's input."""
 
     def forward(self, image: Tensor) -> Tensor:
         h = self.tokens(image)
@@ -191,13 +191,12 @@ class Scaled(Toy):
         return h + self.branch(self.norm(h) * scale * torch.linspace(0.1, 3, C), h)
 
 
-@pytest.mark.parametrize("metric", ["auto", "stream", "input"])
 @pytest.mark.parametrize("toy_class", [Toy, Scaled])
-def test_the_metric_is_the_stream_or_the_input(toy_class: type[Toy], metric: str) -> None:
+def test_the_metric_is_the_stream_or_the_input(toy_class: type[Toy]) -> None:
     torch.manual_seed(0)
     toy, image = toy_class(), torch.randn(2, 3, H, W)
-    _, output = run(toy, bgx.LaplacianMerge(RATIO, metric=metric), image)
-    stream = metric == "stream" or (metric == "auto" and toy_class is Toy)
+    _, output = run(toy, bgx.LaplacianMerge(RATIO), image)
+    stream = toy_class is Toy
     plans: list[oracle.Plan] = []
 
     def squeeze(x: Tensor, residual: Tensor) -> Tensor:
@@ -211,13 +210,12 @@ def test_the_metric_is_the_stream_or_the_input(toy_class: type[Toy], metric: str
         torch.testing.assert_close(output, toy(image), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("reduce", ["mean", "mlerp", "prune"])
 @pytest.mark.parametrize("kind", ["block", "row", "pool"])
-def test_the_choices_for_comparison(kind: str, reduce: str) -> None:
+def test_the_choices_for_comparison(kind: str) -> None:
     torch.manual_seed(0)
     toy, image = Toy(), torch.randn(2, 3, H, W)
-    method: Any = bgx.LaplacianMerge(RATIO, cell_layout=kind, reduce=reduce) if kind != "pool" else None
-    rewritten, output = run(toy, method or bgx.BlockPool(0.55, reduce=reduce), image)
+    method: Any = bgx.LaplacianMerge(RATIO, cell_layout=kind) if kind != "pool" else None
+    rewritten, output = run(toy, method or bgx.BlockPool(0.55), image)
     assert rewritten.records[0].action == "merge"
     plans: list[oracle.Plan] = []
 
@@ -230,8 +228,7 @@ def test_the_choices_for_comparison(kind: str, reduce: str) -> None:
             positions = oracle.row_positions(oracle.laplacian_score(residual, GRID), GRID, (2, 2))
             single = [oracle.merge_plan(residual[b : b + 1], GRID, (2, 2), MERGED, positions[b]) for b in range(len(x))]
             plans.append(oracle.Plan(*(torch.cat([getattr(p, name) for p in single]) for name in ("assign", "rep"))))
-        reduced = {"mean": oracle.merge, "mlerp": oracle.mlerp, "prune": oracle.prune}[reduce]
-        return reduced(x, plans[0])
+        return oracle.merge(x, plans[0])
 
     toy.squeeze, toy.spread = squeeze, lambda y: oracle.unmerge(y, plans[0])
     with torch.no_grad():
@@ -254,18 +251,17 @@ class Joint(Toy):
 @pytest.mark.parametrize("toy_class", [Toy, Joint])
 @pytest.mark.parametrize("method", [bgx.LaplacianMerge, bgx.ToMe, bgx.BlockPool])
 @pytest.mark.parametrize("scope", ["attention", "block"])
-@pytest.mark.parametrize("reduce", ["mean", "prune"])
-def test_proportional_attention_repeats_each_key(method: Any, scope: str, reduce: str, toy_class: type[Toy]) -> None:
+def test_proportional_attention_repeats_each_key(method: Any, scope: str, toy_class: type[Toy]) -> None:
     """A key that counts for its group is a key repeated as often as the group has tokens."""
     torch.manual_seed(0)
     toy, image = toy_class(), torch.randn(2, 3, H, W)
-    _, plain = run(toy, method(RATIO, scope=scope, reduce=reduce), image)
-    rewritten, output = run(toy, method(RATIO, scope=scope, reduce=reduce, proportional=True), image)
+    _, plain = run(toy, method(RATIO, scope=scope), image)
+    rewritten, output = run(toy, method(RATIO, scope=scope, proportional=True), image)
     (node,) = (node for node in rewritten.module.graph.nodes if "_plan" in str(node.target))
     with torch.no_grad():
         h = toy.tokens(image)
         plan = oracle.Plan(*node.target(h, *node.args[1:4], *[torch_position(rewritten, node)][: len(node.args) - 4]))
-        few = (oracle.merge if reduce == "mean" else oracle.prune)(toy.norm(h), plan)
+        few = oracle.merge(toy.norm(h), plan)
         every = oracle.unmerge(few, plan)
         expected = h + oracle.unmerge(toy.out(toy.attend(*map(heads, (toy.q(few), toy.k(every), toy.v(every))))), plan)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
@@ -349,20 +345,6 @@ def test_downsampled_keys_are_no_groups() -> None:
     toy, image = Toy(), torch.randn(2, 3, H, W)
     both = [run(toy, (bgx.LaplacianMerge(RATIO, proportional=p), bgx.KVDownsample(2)), image)[1] for p in (False, True)]
     assert torch.equal(*both)
-
-
-class NoNorm(Toy):
-    """An attention straight on the residual stream."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        h = self.tokens(image)
-        return h + self.branch(h, h)
-
-
-def test_no_stream_is_a_reason() -> None:
-    rewritten, _ = run(NoNorm(), bgx.LaplacianMerge(RATIO, metric="stream"), torch.randn(2, 3, H, W))
-    (record,) = rewritten.records
-    assert (record.action, record.reason) == ("kept", "metric 'stream': no norm is found above its input")
 
 
 class Turned(nn.Module):

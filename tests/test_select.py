@@ -135,7 +135,7 @@ def test_a_gain_within_the_scatter_is_none(monkeypatch: pytest.MonkeyPatch) -> N
     for call in (False, True):
         scattered[1] = (0.004, 0.005, 0.006) * 4 if call else scattered[1]
         assert (
-            merges(optimized(bgx.LaplacianMerge(0.5, metric="input" if call else "auto")).report)
+            merges(optimized(bgx.LaplacianMerge(0.5, unmerge="blend" if call else "copy")).report)
             == ["merge" if call else "kept"] * 2
         )
 

@@ -155,14 +155,15 @@ def squeezed(method: Method, x: Tensor, metric: Tensor, grid: Pair, timestep: in
     if isinstance(method, bgx.BlockPool):
         plan = oracle.pool_plan(metric, grid, (2, 2), merged // 3)
     else:
-        chosen = None if isinstance(method, bgx.LaplacianMerge) else oracle.top_left(grid, (2, 2))
+        drawn = isinstance(method, bgx.ToMe)
+        chosen = oracle.random_positions(grid, (2, 2), method.seed) if drawn else None
         plan = oracle.merge_plan(metric, grid, (2, 2), merged, chosen)
-    return oracle.unmerge((oracle.mlerp if method.reduce == "mlerp" else oracle.merge)(x, plan), plan)
+    return oracle.unmerge(oracle.merge(x, plan), plan)
 
 
 METHODS: list[Method] = [
-    bgx.LaplacianMerge(0.5), bgx.LaplacianMerge(0.7, scope="block"), bgx.LaplacianMerge(0.5, reduce="mlerp"),
-    bgx.ToMe(0.5, destination="top-left"), bgx.BlockPool(0.5), bgx.ToDo(2), bgx.ToDo(3), bgx.KVDownsample(2, 0.9),
+    bgx.LaplacianMerge(0.5), bgx.LaplacianMerge(0.7, scope="block"), bgx.ToMe(0.5, seed=3), bgx.BlockPool(0.5),
+    bgx.ToDo(2), bgx.ToDo(3), bgx.KVDownsample(2, 0.9),
     bgx.KVDownsample(2, bgx.LinearAlpha(0.8, 1.2)),
 ]  # fmt: skip
 
@@ -253,9 +254,8 @@ def two_levels() -> nn.Module:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": ()}, r"method=\(\) must be one merge by means, or one downsampling; measure each by itself"),
+        ({"method": ()}, r"method=\(\) must be one merge, or one downsampling; measure each by itself"),
         ({"method": (bgx.ToMe(0.5), bgx.ToDo(2))}, r"method=\(ToMe\(.*, ToDo\(.*\) must be one merge"),
-        ({"method": bgx.ToMe(0.5, reduce="prune")}, "method=ToMe.*'prune'.* must be one merge by means"),
         ({"timesteps": []}, r"timesteps=\[\] is empty; give one or more"),
         ({"method": bgx.ToMe(0.01)}, r"method=tome:0.01 rewrites attentions on 0 grids \[\]; it must be one"),
         (

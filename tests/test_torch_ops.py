@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bigain_fx.passes.destinations import RULES
 from bigain_fx.passes.ops import kernels
 
 BIGAIN = torch.ops.bigain
@@ -24,10 +25,8 @@ def op_samples() -> list[tuple[str, Any, tuple[Any, ...]]]:
         ("merge_plan-position", BIGAIN.merge_plan.default, (x, (5, 7), (2, 2), 20, torch.tensor([0, 1, 2, 3, 0, 1]))),
         ("merge_plan-window", BIGAIN.merge_plan.default, (x, (5, 7), (1, 2), 20, None, (5, 7))),
         ("merge_plan-bfloat16", BIGAIN.merge_plan.default, (x.bfloat16(), (5, 7), (2, 2), 20)),
-        ("row_positions", BIGAIN.row_positions.default, (x, (5, 7), (2, 2))),
         ("pool_plan", BIGAIN.pool_plan.default, (x, (5, 7), (2, 2), 4)),
         ("group_sizes", BIGAIN.group_sizes.default, (assign, 20)),
-        ("mlerp", BIGAIN.mlerp.default, (x, assign, 20)),
         ("merge", BIGAIN.merge.default, (x, assign, 20)),
         ("merge-bfloat16", BIGAIN.merge.default, (x.bfloat16(), assign, 20)),
         ("nearest_groups", BIGAIN.nearest_groups.default, (x, assign, torch.arange(20).expand(2, 20).contiguous())),
@@ -49,9 +48,10 @@ SAMPLES = op_samples()
 def test_every_op_and_overload_is_sampled() -> None:
     sampled = {op.name() for _, op, _ in SAMPLES}
     sampled |= {f"bigain::{schema.partition('(')[0]}" for schema in kernels.SCHEMAS}  # in test_kernels
+    sampled |= {f"bigain::{rule}_positions" for rule in RULES}  # in test_destinations, defined when first used
     sampled.add("bigain::weight_of")  # stands for a layer in a captured graph, and never runs: in test_quantized
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("bigain::")}
-    assert registered == sampled
+    assert {name for name in sampled if not name.endswith("_positions")} <= registered <= sampled
 
 
 @pytest.mark.parametrize(("op", "args"), [pytest.param(op, args, id=name) for name, op, args in SAMPLES])

@@ -25,7 +25,7 @@ from bigain_fx.passes.methods import Method, normalize
 from bigain_fx.passes.ops import downsampled_grid
 
 bigain = torch.ops.bigain
-MERGES = frozenset({bigain.merge.default, bigain.mlerp.default})
+MERGE = bigain.merge.default
 DOWNSAMPLINGS = frozenset({bigain.kv_downsample.default, bigain.kv_downsample.Tensor})
 TICKS = (1, 1.5, 2, 3, 5, 7)
 
@@ -109,19 +109,19 @@ def measure(
         timesteps: what ``inputs_at`` is called with.
 
     Raises:
-        InputError: no timestep; not one method, or one that prunes; it rewrites no attention, or attentions on several
+        InputError: no timestep; not one method; it rewrites no attention, or attentions on several
             grids, or on a sequence that holds text or several images.
         BigainError: as for :func:`bigain_fx.optimize`.
     """
     methods = normalize(method)
-    if len(methods) != 1 or getattr(methods[0], "reduce", "") == "prune":
-        raise InputError(f"method={method!r} must be one merge by means, or one downsampling; measure each by itself")
+    if len(methods) != 1:
+        raise InputError(f"method={method!r} must be one merge, or one downsampling; measure each by itself")
     if not timesteps:
         raise InputError(f"timesteps={timesteps!r} is empty; give one or more")
     denoiser = optimize(model, method=methods, backend="eager", grid=grid)
     before, after, error = [], [], []
     for timestep in timesteps:
-        calls = observe(denoiser, inputs_at(timestep), MERGES | DOWNSAMPLINGS)
+        calls = observe(denoiser, inputs_at(timestep), DOWNSAMPLINGS | {MERGE})
         places = {as_grids(site.grid) for site in denoiser.report.rewritten if site.grid}
         grids = [grid for place in places for grid in place]
         if len(grids) != 1:
@@ -144,7 +144,7 @@ def _features(site: str, call: Call, grid: Grid) -> tuple[Tensor, Tensor]:
     x: Tensor = call.args[0]
     if x.shape[1] != grid[0] * grid[1]:
         raise InputError(f"{site} reads {x.shape[1]} rows, not the {grid[0]}x{grid[1]} tokens of an image alone")
-    if call.operator in MERGES:
+    if call.operator is MERGE:
         return x, bigain.unmerge(call.result, call.args[1])
     factor: int = call.args[3]
     blocks: Tensor = call.result.unflatten(1, downsampled_grid(grid, factor))

@@ -12,18 +12,16 @@ from typing import Any
 import torch
 
 from bigain_fx.passes.ops.kv import downsampled_grid, kv_downsample, linear_alpha, nearest_tokens
-from bigain_fx.passes.ops.merge import blend, group_sizes, merge, mlerp, unmerge
+from bigain_fx.passes.ops.merge import blend, group_sizes, merge, unmerge
 from bigain_fx.passes.ops.plan import merge_plan, nearest_groups, pool_plan
-from bigain_fx.passes.ops.score import complete_cells, laplacian_score, random_positions, row_positions, window_sides
+from bigain_fx.passes.ops.score import cell_tokens, complete_cells, laplacian_score, window_sides
 
 SCHEMAS: dict[str, Callable[..., Any]] = {
     "merge_plan(Tensor metric, int[2] grid, int[2] cell, int merged, Tensor? position=None, int[2]? window=None)"
     " -> (Tensor assign, Tensor rep)": merge_plan,
-    "row_positions(Tensor metric, int[2] grid, int[2] cell) -> Tensor": row_positions,
     "pool_plan(Tensor metric, int[2] grid, int[2] cell, int pooled) -> (Tensor assign, Tensor rep)": pool_plan,
     "merge(Tensor x, Tensor assign, int groups) -> Tensor": merge,
     "group_sizes(Tensor assign, int groups) -> Tensor": group_sizes,
-    "mlerp(Tensor x, Tensor assign, int groups) -> Tensor": mlerp,
     "nearest_groups(Tensor metric, Tensor assign, Tensor rep) -> (Tensor near, Tensor weight)": nearest_groups,
     "blend(Tensor y, Tensor near, Tensor weight) -> Tensor": blend,
     "unmerge(Tensor y, Tensor assign) -> Tensor": unmerge,
@@ -45,7 +43,6 @@ DECIDING = PLANS | {torch.ops.bigain.nearest_groups.default}
 
 __all__ = [
     "DECIDING", "PLANS",
-    "blend", "complete_cells", "downsampled_grid", "group_sizes", "kv_downsample", "laplacian_score", "linear_alpha",
-    "merge", "merge_plan", "mlerp", "nearest_groups", "nearest_tokens", "pool_plan", "random_positions",
-    "row_positions", "unmerge", "window_sides",
+    "blend", "cell_tokens", "complete_cells", "downsampled_grid", "group_sizes", "kv_downsample", "laplacian_score",
+    "linear_alpha", "merge", "merge_plan", "nearest_groups", "nearest_tokens", "pool_plan", "unmerge", "window_sides",
 ]  # fmt: skip

@@ -38,14 +38,6 @@ def group_sizes(assign: Tensor, groups: int) -> Tensor:
     return torch.zeros(assign.shape[0], groups, device=assign.device).scatter_add(1, assign, ones)
 
 
-def mlerp(x: Tensor, assign: Tensor, groups: int) -> Tensor:
-    """As :func:`merge`, but each mean is as long as its group's longest member (``docs/operators.md``, "Merge")."""
-    mean = merge(x.float(), assign, groups)
-    longest = torch.zeros(mean.shape[:2], device=x.device).scatter_reduce(1, assign, x.float().norm(dim=-1), "amax")
-    scaled: Tensor = mean * (longest / mean.norm(dim=-1).clamp_min(1e-12)).unsqueeze(-1)
-    return scaled.to(x.dtype)
-
-
 def unmerge(y: Tensor, assign: Tensor) -> Tensor:
     """Give each token its group's row: ``y (B, M, C)``, ``assign (B, N)`` int64 -> ``(B, N, C)``, dtype kept."""
     return y.gather(1, assign.unsqueeze(-1).expand(-1, -1, y.shape[-1]))

@@ -58,28 +58,3 @@ def _longest(side: int, cell: int, limit: int) -> int:
 def lowest_scoring(score: Tensor, grid: Sequence[int], cell: Sequence[int]) -> Tensor:
     """Offset, within each complete cell, of its token of lowest score: ``(B, cells)`` int64, first on a tie."""
     return score[:, cell_tokens(grid, cell, score.device)].argmin(-1)
-
-
-def row_positions(metric: Tensor, grid: Sequence[int], cell: Sequence[int]) -> Tensor:
-    """As the released code elects: by runs of a row in place of cells (``docs/operators.md``, "A difference ...").
-
-    Args:
-        metric: ``(B, N, C)``, any floating dtype.
-        grid: ``(h, w)`` with ``h * w == N``.
-        cell: ``(rows, columns)``.
-
-    Returns:
-        ``(B, cells)`` int64: where the lowest score lies in the j-th run of ``rows * columns`` tokens of each band of
-        ``rows`` rows, for the j-th cell of the band.
-    """
-    (h, w), (rows, columns) = grid, cell
-    down, across = complete_cells(grid, cell)
-    score = laplacian_score(metric, grid).view(-1, h, w)[:, : down * rows, : across * columns]
-    return score.reshape(len(score), down * across, rows * columns).argmin(-1)
-
-
-def random_positions(grid: Sequence[int], cell: Sequence[int], seed: int) -> Tensor:
-    """One seeded draw of a position per complete cell: ``(cells,)`` int64 on the CPU (ToMe's random destinations)."""
-    down, across = complete_cells(grid, cell)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(cell[0] * cell[1], (down * across,), generator=generator)

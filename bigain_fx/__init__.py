@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bigain_fx.denoiser import OptimizedDenoiser, inspect, optimize
     from bigain_fx.deploy import ExportRecord, export_onnx, export_package
     from bigain_fx.deployed import OrtDenoiser, PackagedDenoiser, load_package
+    from bigain_fx.passes.alpha import LinearAlpha
     from bigain_fx.passes.destinations import Destinations, destination_rule
     from bigain_fx.passes.errors import (
         BigainError,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
         MethodError,
         RewriteError,
     )
-    from bigain_fx.passes.methods import BlockPool, KVDownsample, LaplacianMerge, LinearAlpha, Merge, ToDo, ToMe
+    from bigain_fx.passes.methods import BlockPool, KVDownsample, LaplacianMerge, Merge, ToDo, ToMe
     from bigain_fx.pipelines import Summary, disable, enable, summary
     from bigain_fx.presets import preset
     from bigain_fx.report import Report
@@ -39,7 +40,8 @@ _HOMES = {
     "bigain_fx.passes.errors": (
         "BigainError", "CaptureError", "ExportError", "GridError", "InputError", "MethodError", "RewriteError",
     ),
-    "bigain_fx.passes.methods": ("BlockPool", "KVDownsample", "LaplacianMerge", "LinearAlpha", "Merge", "ToDo", "ToMe"),
+    "bigain_fx.passes.alpha": ("LinearAlpha",),
+    "bigain_fx.passes.methods": ("BlockPool", "KVDownsample", "LaplacianMerge", "Merge", "ToDo", "ToMe"),
     "bigain_fx.pipelines": ("Summary", "disable", "enable", "summary"),
     "bigain_fx.presets": ("preset",),
     "bigain_fx.report": ("Report",),

@@ -30,9 +30,10 @@ from torch.fx.traceback import preserve_node_meta
 from bigain_fx.compilers import check_compiler
 from bigain_fx.families import GridReader, grid_for, resolve
 from bigain_fx.passes import checks
+from bigain_fx.passes.alpha import LinearAlpha
 from bigain_fx.passes.errors import CaptureError, InputError, MethodError, RewriteError, first_line
 from bigain_fx.passes.images import Hint, as_grids
-from bigain_fx.passes.methods import LinearAlpha, Methods, normalize
+from bigain_fx.passes.methods import Methods, normalize
 from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.regions import own_cache
 from bigain_fx.report import Report, announce

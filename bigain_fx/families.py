@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from bigain_fx.passes.alpha import LinearAlpha
 from bigain_fx.passes.checks import told
 from bigain_fx.passes.errors import GridError, InputError, MethodError, first_line
 from bigain_fx.passes.images import Grid, Grids, Hint, as_grids, as_hint, tokens_on
-from bigain_fx.passes.methods import KVDownsample, LinearAlpha, Method, Methods
+from bigain_fx.passes.methods import KVDownsample, Method, Methods
 
 GridHint = Hint | Sequence[Grid] | Callable[[Mapping[str, Any]], Hint | Sequence[Grid] | None] | None
 Units = tuple[float, float]

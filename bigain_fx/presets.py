@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bigain_fx.passes import checks
+from bigain_fx.passes.alpha import LinearAlpha
 from bigain_fx.passes.errors import InputError
-from bigain_fx.passes.methods import KVDownsample, LaplacianMerge, LinearAlpha, Method
+from bigain_fx.passes.methods import KVDownsample, LaplacianMerge, Method
 from bigain_fx.passes.where import Where
 
 

@@ -13,6 +13,7 @@ from dataclasses import fields
 from typing import Any
 
 from bigain_fx.passes import destinations
+from bigain_fx.passes.alpha import LinearAlpha
 from bigain_fx.passes.errors import MethodError
 from bigain_fx.passes.methods import (
     CHOICES,
@@ -20,7 +21,6 @@ from bigain_fx.passes.methods import (
     BlockPool,
     KVDownsample,
     LaplacianMerge,
-    LinearAlpha,
     Merge,
     Method,
     Methods,

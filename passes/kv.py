@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from bigain_fx.passes.alpha import LinearAlpha
 from bigain_fx.passes.arguments import mask_of
 from bigain_fx.passes.axes import aten, shape_of
 from bigain_fx.passes.errors import RewriteError
@@ -27,7 +28,7 @@ from bigain_fx.passes.fewer import Fewer, image_rows, one_behind_another, rows_o
 from bigain_fx.passes.fused import separated
 from bigain_fx.passes.images import Grids, text_of
 from bigain_fx.passes.memory import written_by
-from bigain_fx.passes.methods import KVMethod, LinearAlpha
+from bigain_fx.passes.methods import KVMethod
 from bigain_fx.passes.ops import downsampled_grid, nearest_tokens
 from bigain_fx.passes.sites import AttentionSite
 from bigain_fx.passes.surgery import Surgeon

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from bigain_fx.calibration.calls import Call, output_of, step_of
 from bigain_fx.denoiser import optimize
 from bigain_fx.families import GridHint, timestep_units
+from bigain_fx.passes.alpha import LinearAlpha
 from bigain_fx.passes.errors import InputError
-from bigain_fx.passes.methods import KVDownsample, LinearAlpha
+from bigain_fx.passes.methods import KVDownsample
 
 ALPHAS = (-0.5, 0.0, 0.5, 1.0, 1.5)
 """Equally far apart."""

@@ -36,7 +36,7 @@ from bigain_fx.passes.pipeline import rewrite
 from bigain_fx.regions import as_regions
 
 DENSE = "dense"
-METHODS = (DENSE, "bigain-tm:0.7", "bigain-tm:0.7:block", "bigain-tm:0.7+bigain-td:2")
+METHODS = (DENSE, *(f"bigain-tm:0.7:{rest}" for rest in ("window=16", "block:window=16", "window=16+bigain-td:2")))
 LATENT = 32
 NARROW: dict[str, dict[str, Any]] = {
     "sd2": {

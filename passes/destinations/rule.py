@@ -95,7 +95,7 @@ def destination_rule(rule: Rule) -> Rule:
     """
     if not (isinstance(rule, type) and issubclass(rule, Destinations) and is_dataclass(rule)):
         raise MethodError(f"rule={rule!r} must be a frozen dataclass derived from Destinations")
-    if not rule.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    if not rule.__dataclass_params__.frozen:
         raise MethodError(f"rule={rule.__name__} must be frozen: @dataclass(frozen=True)")
     name = getattr(rule, "name", None)
     if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name):

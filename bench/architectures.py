@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 RATIO, FACTOR = 0.7, 2
 CEILINGS: dict[str, Methods] = {
-    "merge": (LaplacianMerge(RATIO, levels=None),),
-    "block": (LaplacianMerge(RATIO, levels=None, scope="block"),),
+    "merge": (LaplacianMerge(RATIO, levels=None, window=None),),
+    "block": (LaplacianMerge(RATIO, levels=None, scope="block", window=None),),
     "kv": (KVDownsample(FACTOR, levels=None),),
 }
 VERSIONS = ("torch", "diffusers", "bigain_fx")
@@ -121,9 +121,10 @@ attentions that is, and how many times fewer floating-point operations are left.
 LEGEND = f"""
 - *On an image grid*: self-attentions whose tokens are the rows x columns of one image.
 - *Rewritten*: with `levels=1`, on the finest grid alone, the default and the paper's setting / with `levels=None`.
-- *Merge, block scope, KV*: `LaplacianMerge({RATIO})`, the same with `scope="block"`, and `KVDownsample({FACTOR})`, all
-  with `levels=None`. Each is a ceiling: FLOPs of the dense model over those of the rewritten one, had the tokens been
-  chosen for nothing. In brackets is the ratio with the similarities that choosing takes; downsampling chooses nothing.
+- *Merge, block scope, KV*: `LaplacianMerge({RATIO}, window=None)`, the same with `scope="block"`, and
+  `KVDownsample({FACTOR})`, all with `levels=None`. Each is a ceiling: FLOPs of the dense model over those of the
+  rewritten one, had the tokens been chosen for nothing. In brackets is the ratio with the similarities that choosing
+  takes; downsampling chooses nothing.
 - Text beside the image is never merged: the longer it is, the lower the ceiling. In Flux.1 it is 512 of 4,608 rows, in
   every attention and every linear layer, which is what keeps block scope from the ceiling of the image alone. In
   attention scope there is a second reason: its 38 single blocks project attention and MLP out together, and so for

@@ -35,7 +35,7 @@ from bigain_fx.passes.methods import Methods
 from bigain_fx.settings import Settings
 
 DENSE = "dense"
-METHODS = (DENSE, "bigain-tm:0.7", "bigain-tm:0.7:block", "bigain-tm:0.7+bigain-td:2")
+METHODS = (DENSE, *(f"bigain-tm:0.7:{rest}" for rest in ("window=16", "block:window=16", "window=16+bigain-td:2")))
 LATENT = 32
 NARROW: dict[str, dict[str, Any]] = {
     "sd2": {

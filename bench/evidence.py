@@ -23,6 +23,7 @@ import bigain_fx as bgx
 from bigain_fx import command_line, embedded
 from bigain_fx.bench import evidence_document, evidence_figures, result
 from bigain_fx.bench.evidence_document import BETTER
+from bigain_fx.bench.result import WHOLE, plain
 from bigain_fx.embedded.data import Images, data_set
 from bigain_fx.embedded.train import save_atomically
 from bigain_fx.evidence import spectrum_report
@@ -59,18 +60,18 @@ STUDIES = (
     Study(
         "main",
         embedded.NAMES,
-        f"dense,tome:0.7,bigain-tm:0.7,bigain-tm:0.7{BETTER},todo:2,bigain-td:2:0.9,bigain-td:2:0",
+        f"dense,tome:0.7{WHOLE},bigain-tm:0.7{WHOLE},bigain-tm:0.7{BETTER}{WHOLE},todo:2,bigain-td:2:0.9,bigain-td:2:0",
         500,
         500,
     ),
     Study(
         "merging",
         DITS,
-        "dense,tome:0.3,bigain-tm:0.3,tome:0.5,bigain-tm:0.5,tome:0.7,bigain-tm:0.7,bigain-tm:0.7:cell_layout=row,"
-        "bigain-tm:0.7:window=8,bigain-tm:0.7:window=4,"
-        f"bigain-tm:0.7:proportional=true,bigain-tm:0.7:unmerge=blend,bigain-tm:0.7{BETTER},"
-        f"tome:0.7{BETTER},block-pool:0.7,block-pool:0.7{BETTER},tome:0.75,bigain-tm:0.75,bigain-tm:0.75{BETTER},"
-        f"bigain-tm:0.5{BETTER},bigain-tm:0.3{BETTER}",
+        f"dense,tome:0.3{WHOLE},bigain-tm:0.3{WHOLE},tome:0.5{WHOLE},bigain-tm:0.5{WHOLE},tome:0.7{WHOLE},"
+        f"bigain-tm:0.7{WHOLE},bigain-tm:0.7:cell_layout=row{WHOLE},bigain-tm:0.7:window=8,bigain-tm:0.7:window=4,"
+        f"bigain-tm:0.7:proportional=true{WHOLE},bigain-tm:0.7:unmerge=blend{WHOLE},bigain-tm:0.7{BETTER}{WHOLE},"
+        f"tome:0.7{BETTER}{WHOLE},block-pool:0.7,block-pool:0.7{BETTER},tome:0.75{WHOLE},bigain-tm:0.75{WHOLE},"
+        f"bigain-tm:0.75{BETTER}{WHOLE},bigain-tm:0.5{BETTER}{WHOLE},bigain-tm:0.3{BETTER}{WHOLE}",
         100,
         100,
     ),
@@ -84,10 +85,10 @@ STUDIES = (
         100,
     ),
 )
-SPECTRA = "tome:0.7,bigain-tm:0.7,block-pool:0.7,todo:2,bigain-td:2:0.9,bigain-td:2:0"
+SPECTRA = f"tome:0.7{WHOLE},bigain-tm:0.7{WHOLE},block-pool:0.7,todo:2,bigain-td:2:0.9,bigain-td:2:0"
 TIMESTEPS = (100, 500, 900)
 CALIBRATED = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)
-RATIOS = tuple(LaplacianMerge(ratio, proportional=True, unmerge="blend") for ratio in (0.5, 0.7))
+RATIOS = tuple(LaplacianMerge(ratio, proportional=True, unmerge="blend", window=None) for ratio in (0.5, 0.7))
 NAMES = (*(study.name for study in STUDIES), "spectrum", "calibration")
 SLOW, FEWER = ("mnist-unet", "photo-unet"), (200, 100)
 """Of these at most so many images are classified and generated, and nothing is swept: on 1,024 tokens they take four
@@ -141,10 +142,11 @@ def run(
 def methods_of(study: Study, calibration: Mapping[str, Any]) -> dict[str, Methods]:
     """The methods of ``study`` by text; what is calibrated follows what it is calibrated from."""
     found: dict[str, Methods] = {}
+    fitted = {plain(text): plain(item["method"]) + WHOLE for text, item in calibration["merging"].items()}
     for text, methods in parse_list(study.methods).items():
         found[text] = methods
-        if text in calibration["merging"]:
-            found[f"calibrated {text.removesuffix(BETTER)}"] = parse(calibration["merging"][text]["method"])
+        if (name := plain(text)) in fitted:
+            found[f"calibrated {name.removesuffix(BETTER)}"] = parse(fitted[name])
     return found
 
 

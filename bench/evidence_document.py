@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bigain_fx.bench.result import plain
 from bigain_fx.evidence.summary import Row, to_table
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -55,7 +56,8 @@ def text(found: Results, figures: Path, reading: str = "") -> str:
         "Does a compressed denoiser still classify, and does it still generate? Measured on the small denoisers that "
         "ship with the package, on images held out from their training: digits of MNIST, and patches of photographs, "
         "each of which is a class (the right halves; the left ones were trained on). Large models may behave "
-        "otherwise: `bigain-fx evaluate` measures yours.", "",
+        "otherwise: `bigain-fx evaluate` measures yours. Where a merge names no window it is over the whole grid, "
+        "which was the default when these were measured.", "",
         "Every number and figure is made by `python -m bigain_fx.bench.evidence`, which goes on where it was stopped; "
         "what we make of them is written by hand.", "",
     ]  # fmt: skip
@@ -97,7 +99,7 @@ def _overview(mains: Results) -> str:
     head = ["method", "what it does", *(f"{model}: accuracy, % | FID" for model in mains)]
     lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: | ---: |" * len(mains)]
     for method in methods:
-        cells = [f"`{method}`", WHAT.get(method, "")]
+        cells = [f"`{method}`", WHAT.get(plain(method), "")]
         for result in mains.values():
             row = next((row for row in rows_of(result) if row.method == method), None)
             fid = "-" if row is None or row.fid is None else f"{row.fid:.2f}"
@@ -118,7 +120,7 @@ def _claims(mains: Results) -> list[str]:
     for method, claim in CLAIMS:
         verdicts = []
         for model, result in mains.items():
-            row = next((row for row in rows_of(result) if row.method == method), None)
+            row = next((row for row in rows_of(result) if plain(row.method) == method), None)
             if row is None or row.gain is None or row.gain_low is None or row.gain_high is None:
                 continue
             word = "better" if row.gain_low > 0 else "worse" if row.gain_high < 0 else "not decided"

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bigain_fx.bench.evidence_document import BETTER, Results, rows_of, swept
+from bigain_fx.bench.result import plain
 from bigain_fx.evidence.summary import Row
 
 RATIOS = {
@@ -67,7 +68,7 @@ def _over_ratio(axes: Axes, result: Mapping[str, Any]) -> None:
     rows = {row.method: row for row in rows_of(result)}
     for form, (label, colour, style) in RATIOS.items():
         pattern = re.compile(re.escape(form).replace(r"\{\}", r"([\d.]+)"))
-        found = {float(match[1]): row for name, row in rows.items() if (match := pattern.fullmatch(name))}
+        found = {float(match[1]): row for name, row in rows.items() if (match := pattern.fullmatch(plain(name)))}
         _line(axes, found, label, colour, style)
     axes.axhline(100 * rows["dense"].accuracy, color="0.5", linewidth=1, label="dense")
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from bigain_fx.bench.result import plain
 from bigain_fx.bench.speed import Result, title
 
 LINES = {
@@ -54,7 +55,7 @@ def _panel(panel: Axes, name: str, results: Sequence[Result]) -> dict[str, Any]:
     for shift, (row_name, (label, colour, style)) in enumerate(LINES.items()):
         points = sorted(
             (found["tokens"], *(row["speedup"][key] for key in ("median", "low", "high")))
-            for found in results if found["tokens"] for row in found["rows"] if row["name"] == row_name
+            for found in results if found["tokens"] for row in found["rows"] if plain(row["name"]) == row_name
         )  # fmt: skip
         if points:
             tokens, median, low, high = zip(*points, strict=True)

@@ -30,7 +30,7 @@ from bigain_fx.passes.grammar import parse
 from bigain_fx.stopwatch import interleaved
 
 LAYOUTS = ("sd2", "sdxl", "flux")
-METHOD = "bigain-tm:0.7"
+METHOD = "bigain-tm:0.7:window=16"
 CALLS = ("the compiled graph", "optimized", "plain torch.compile")
 
 

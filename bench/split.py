@@ -1,4 +1,4 @@
-"""How the time of one call divides: ``python -m bigain_fx.bench.split sd2 --size 64 --method bigain-tm:0.7``."""
+"""How the time of one call divides: ``python -m bigain_fx.bench.split sd2 --size 64``."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def to_markdown(found: Mapping[str, Any]) -> str:
 
 def main(
     model: Annotated[str, typer.Argument(help="as for bigain-fx bench")],
-    method: Annotated[str, typer.Option(help="one entry, as for bigain-fx bench")] = "bigain-tm:0.7",
+    method: Annotated[str, typer.Option(help="one entry, as for bigain-fx bench")] = "bigain-tm:0.7:window=16",
     size: Annotated[int | None, typer.Option(help="side of the latent, in pixels")] = None,
     batch: Annotated[int, typer.Option(help="samples a call")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",

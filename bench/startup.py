@@ -160,7 +160,7 @@ def to_markdown(found: dict[str, Any]) -> str:
 
 def main(
     model: Annotated[str, typer.Argument(help="as for bigain-fx bench")] = "mnist-unet",
-    methods: Annotated[str, typer.Option(help="one entry, as for bigain-fx bench")] = "bigain-tm:0.7",
+    methods: Annotated[str, typer.Option(help="one entry, as for bigain-fx bench")] = "bigain-tm:0.7:window=16",
     size: Annotated[int | None, typer.Option(help="side of the latent, in pixels")] = None,
     batch: Annotated[int, typer.Option(help="samples a call")] = 2,
     rounds: Annotated[int, typer.Option(help="processes of each row")] = 3,

@@ -79,22 +79,23 @@ class Run:
         return subprocess.Popen([sys.executable, "-W", "ignore", "-c", LAUNCH, *self.command(), *where])
 
 
-UNET = "dense,tome:0.7,bigain-tm:0.7,bigain-tm:0.7:window=16,bigain-td:2"
-DIT = "dense,bigain-tm:0.7,bigain-tm:0.7:window=16,bigain-tm:0.7:block:window=16,bigain-td:2"
+PAPER = "bigain-tm:0.7:window=all"
+UNET = f"dense,tome:0.7:window=all,{PAPER},bigain-tm:0.7:window=16,bigain-td:2"
+DIT = f"dense,{PAPER},bigain-tm:0.7:window=16,bigain-tm:0.7:block:window=16,bigain-td:2"
 OURS = "dense,bigain-tm:0.7:window=16,bigain-td:2"
 BLOCK = OURS + ",bigain-tm:0.7:block:window=16"
 SWEEP = (
-    "dense,tome:0.7,bigain-tm:0.3,bigain-tm:0.5,bigain-tm:0.7,bigain-tm:0.75,bigain-tm:0.7:block,"
-    "bigain-tm:0.7:window=16,todo:2,bigain-td:2,bigain-td:4"
+    f"dense,tome:0.7:window=all,bigain-tm:0.3:window=all,bigain-tm:0.5:window=all,{PAPER},bigain-tm:0.75:window=all,"
+    "bigain-tm:0.7:block:window=all,bigain-tm:0.7:window=16,todo:2,bigain-td:2,bigain-td:4"
 )
 CPU = (
-    Run("sd2", UNET + ",todo:2", 64, 2, onnx="dense,bigain-tm:0.7", eager="bigain-tm:0.7", tomesd="0.7", rounds=7),
+    Run("sd2", UNET + ",todo:2", 64, 2, onnx=f"dense,{PAPER}", eager=PAPER, tomesd="0.7", rounds=7),
     Run("sd2", UNET, 96, 2, tomesd="0.7"),
-    Run("dit-xl-2", DIT + ",tome:0.7", 64, 2, tomesd="0.7", rounds=7),
+    Run("dit-xl-2", DIT + ",tome:0.7:window=all", 64, 2, tomesd="0.7", rounds=7),
     Run("pixart", DIT, 128, 1, layers=7),
     Run("sd2", UNET, 128, 1, tomesd="0.7"),
     Run("sd3", DIT, 128, 1, layers=3),
-    Run("dit-xl-2", SWEEP, 32, 2, onnx="dense,bigain-tm:0.7", eager="bigain-tm:0.7", tomesd="0.7", rounds=5),
+    Run("dit-xl-2", SWEEP, 32, 2, onnx=f"dense,{PAPER}", eager=PAPER, tomesd="0.7", rounds=5),
     Run("flux", DIT, 128, 1, layers=1),
     Run("sdxl", "dense,bigain-tm:0.7:window=16", 128, 1),
 )
@@ -117,8 +118,8 @@ GPU = (
     _on_gpu("flux", BLOCK, 128, layers=4, mode=GRAPHS),
     _on_gpu("sd2", OURS, 128, dtype="float16", tomesd="0.7"),
     # the first six fill ten minutes: on an H200, six side by side, a row of SD 2.0 takes 40 s to compile
-    _on_gpu("sd2", OURS + ",bigain-tm:0.7", 128, tomesd="0.7"),
-    _on_gpu("sd2", OURS + ",bigain-tm:0.7", 64, tomesd="0.7"),
+    _on_gpu("sd2", OURS + f",{PAPER}", 128, tomesd="0.7"),
+    _on_gpu("sd2", OURS + f",{PAPER}", 64, tomesd="0.7"),
     _on_gpu("dit-xl-2", BLOCK, 64),
     _on_gpu("pixart", BLOCK, 128),
     _on_gpu("flux", BLOCK, 128, layers=4),
@@ -135,8 +136,8 @@ GPU = (
     _on_gpu("flux", BLOCK, 128, layers=4, dtype="float16"),
 )
 QUICK = (
-    Run("mnist-dit", "dense,bigain-tm:0.7,bigain-td:2", rounds=2, backend="aot_eager"),
-    Run("mnist-unet", "dense,bigain-tm:0.7", batch=2, tomesd="0.7", rounds=2, backend="eager"),
+    Run("mnist-dit", "dense,bigain-tm:0.7:window=16,bigain-td:2", rounds=2, backend="aot_eager"),
+    Run("mnist-unet", "dense,bigain-tm:0.7:window=16", batch=2, tomesd="0.7", rounds=2, backend="eager"),
 )
 """The embedded denoisers, hardly compiled: shows in seconds that everything works, and no more than that."""
 SUITES: dict[str, tuple[Run, ...]] = {"cpu": CPU, "gpu": GPU, "quick": QUICK}

@@ -28,7 +28,7 @@ from bigain_fx.passes.grammar import parse
 from bigain_fx.seeds import seeded
 from bigain_fx.stopwatch import interleaved, synchronizer
 
-SIDES, WIDTHS, METHODS = (8, 12, 16, 24, 32, 48, 64), (64, 320, 1152), ("bigain-tm:0.7", "bigain-td:2")
+SIDES, WIDTHS, METHODS = (8, 12, 16, 24, 32, 48, 64), (64, 320, 1152), ("bigain-tm:0.7:window=16", "bigain-td:2")
 LAYERS, BATCH, ROUNDS = 2, 2, 15
 FLOOR = 0.99
 """What the interval of the ratio has to reach."""

@@ -106,7 +106,9 @@ def patch(workload: Workload, ratio: float) -> Patched:
     """
     import tomesd
 
-    report = inspect(workload.model, workload.args, workload.kwargs, method=ToMe(ratio), grid=workload.grid)
+    report = inspect(
+        workload.model, workload.args, workload.kwargs, method=ToMe(ratio, window=None), grid=workload.grid
+    )
     tensors = [*workload.model.parameters(), *workload.model.buffers()]
     model = copy.deepcopy(workload.model, {id(tensor): tensor for tensor in tensors})
     args, kwargs = workload.args, dict(workload.kwargs)

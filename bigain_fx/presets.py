@@ -44,7 +44,7 @@ FAMILIES = (
            ("transformer_blocks.[1-57-9].*", "transformer_blocks.1[01].*")),
 )  # fmt: skip
 KINDS: Mapping[str, Method] = {
-    "merge": LaplacianMerge(0.7),
+    "merge": LaplacianMerge(0.7, window=None),
     "kv": KVDownsample(2, LinearAlpha(noisy=0.8, clean=1.2)),
     "kv-classify": KVDownsample(2, 0.9),
 }

@@ -2,7 +2,7 @@
 
 ``dense``, ``tome:0.7``, ``bigain-tm:0.7``, ``bigain-tm:0.7:block``, ``block-pool:0.5``, ``todo:2``, ``bigain-td:2``,
 ``bigain-td:2:0.9``, ``bigain-td:2:0.8..1.2``, ``bigain-tm:0.2/0.75/0.5``. Any other field is set by name, as in
-``bigain-tm:0.7:cell=3x3:levels=all``, ``merge:0.7:destinations=random(seed=3)`` or
+``bigain-tm:0.7:levels=all:window=all``, ``merge:0.7:destinations=random(seed=3)`` or
 ``bigain-td:2:where=down_blocks.*/up_blocks.*``; ``+`` joins a merge with a
 downsampling, ``,`` lists. Methods print so too.
 """
@@ -87,13 +87,13 @@ def _value(field: str, text: str) -> Any:
             return tuple(float(ratio) for ratio in text.split("/"))
         case "ratio" | "alpha":
             return float(text)
-        case "factor" | "seed" | "window":
+        case "factor" | "seed":
             return int(text)
         case "proportional":
             return {"true": True, "false": False}.get(text, text)
         case "where":
             return read_where(text)
-        case "levels":
+        case "levels" | "window":
             return None if text == "all" else int(text)
         case "destinations":
             return destinations.parse(text)

@@ -73,7 +73,7 @@ class _Merge:
 class _Match(_Merge):
     """What merges that compare tokens have besides; see :class:`LaplacianMerge`."""
 
-    window: int | None = None
+    window: int | None = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +102,7 @@ class LaplacianMerge(_Match):
         unmerge: what a token that merged away gets back: ``"copy"``, its group's row (the paper), or ``"blend"``, a
             mean of the rows of the three groups most similar to it; not in the paper.
         window: longest side, in tokens, of the tiles within which a token finds what it merges into; their sides divide
-            the grid's. None is the whole grid (the paper); small windows cost less (``docs/operators.md``, "Windows").
+            the grid's. None is the whole grid (the paper): it costs more and was never better (``docs/operators.md``).
         cell_layout: ``"block"``, cells as in the paper's text, or ``"row"``, as the released code forms them.
     """
 

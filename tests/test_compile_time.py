@@ -16,9 +16,9 @@ from bigain_fx.passes.methods import LaplacianMerge
 
 SECONDS = {
     "dense": [(1.0, 0.5, 10.0), (1.0, 0.5, 20.0)],
-    "bigain-tm:0.7": [(1.0, 1.0, 11.0), (1.0, 1.0, 25.0)],
-    "bigain-tm:0.7:block": [(1.0, 1.0, 9.0), (1.0, 1.0, 19.0)],
-    "bigain-tm:0.7+bigain-td:2": [(1.0, 2.0, 18.0), (1.0, 2.0, 18.0)],
+    "bigain-tm:0.7:window=16": [(1.0, 1.0, 11.0), (1.0, 1.0, 25.0)],
+    "bigain-tm:0.7:block:window=16": [(1.0, 1.0, 9.0), (1.0, 1.0, 19.0)],
+    "bigain-tm:0.7:window=16+bigain-td:2": [(1.0, 2.0, 18.0), (1.0, 2.0, 18.0)],
 }
 
 
@@ -41,7 +41,7 @@ def test_methods_take_turns_and_are_compared_within_a_round(fake: list[str]) -> 
     rows = compile_time.run("flux", 2, told.append)
     assert fake == [*SECONDS, *SECONDS]
     assert len(told) == 8
-    assert told[1] == "flux, round 1 of 2, bigain-tm:0.7: capture 1.0 s, passes 1.00 s, first call 11.0 s"
+    assert told[1] == "flux, round 1 of 2, bigain-tm:0.7:window=16: capture 1.0 s, passes 1.00 s, first call 11.0 s"
     assert [row.method for row in rows] == list(SECONDS)
     # The passes count for us; what dense takes to be matched does not count for it.
     assert [row.ratio for row in rows] == [None, *map(pytest.approx, (1.25, 1.0, 1.5))]
@@ -59,7 +59,7 @@ def test_two_files_are_left(fake: list[str], tmp_path: Path) -> None:
     assert found["machine"]
     assert found["versions"]["torch"] == torch.__version__
     text = (tmp_path / "compile-mnist-dit.md").read_text()
-    assert "| bigain-tm:0.7 | 57 | 3000 | 1.0 | 1.00 | 11.0 | 1.20 |" in text
+    assert "| bigain-tm:0.7:window=16 | 57 | 3000 | 1.0 | 1.00 | 11.0 | 1.20 |" in text
     assert "narrow" not in text
 
 

@@ -93,7 +93,10 @@ def test_bad_values_are_one_line_errors(make: Callable[[], Any], message: str) -
         ("bigain-tm:0.5:cell_layout=row", (bgx.LaplacianMerge(0.5, cell_layout="row"),)),
         ("bigain-tm:0.5:proportional=true", (bgx.LaplacianMerge(0.5, proportional=True),)),
         ("tome:0.25/0/0.75:unmerge=blend", (bgx.ToMe((0.25, 0, 0.75), unmerge="blend"),)),
-        ("tome:0.5:window=16", (bgx.ToMe(0.5, window=16),)),
+        ("tome:0.5:window=16", (bgx.ToMe(0.5),)),
+        ("tome:0.5:window=all", (bgx.ToMe(0.5, window=None),)),
+        ("bigain-tm:0.5:window=all:block", (bgx.LaplacianMerge(0.5, scope="block", window=None),)),
+        ("merge:0.5:window=all", (bgx.Merge(0.5, window=None),)),
         ("bigain-tm:0.5:window=8", (bgx.LaplacianMerge(0.5, window=8),)),
         ("todo:2:levels=3", (bgx.ToDo(2, 3),)),
         ("bigain-td:2:levels=all:0.5", (bgx.KVDownsample(2, 0.5, None),)),
@@ -129,6 +132,12 @@ def test_methods_are_values() -> None:
     assert len(made) == 4
     with pytest.raises(AttributeError):
         bgx.ToMe().ratio = 0.1  # type: ignore[misc]
+
+
+def test_windows_are_the_default_and_the_whole_grid_is_said() -> None:
+    for kind in (bgx.LaplacianMerge, bgx.ToMe, bgx.Merge):
+        assert kind() == kind(window=16) != kind(window=None)
+        assert str(kind(0.5, window=None)).endswith(":0.5:window=all")
 
 
 def test_the_cap_of_a_cell_is_allowed() -> None:

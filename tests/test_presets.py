@@ -38,7 +38,7 @@ def test_dit_compresses_ten_of_its_blocks() -> None:
 @pytest.mark.parametrize("config", [{}, {"in_channels": 9}, {"block_out_channels": [320, 640, 1280, 1280]}], ids=str)
 def test_stable_diffusion_2(config: dict[str, Any]) -> None:
     model = on_meta("sd2", **config)
-    assert bgx.preset(model) == bgx.LaplacianMerge(0.7)
+    assert bgx.preset(model) == bgx.LaplacianMerge(0.7, window=None)
     assert bgx.preset(model, "kv") == bgx.KVDownsample(2, bgx.LinearAlpha(0.8, 1.2))
     assert bgx.preset(model, kind="kv-classify") == bgx.KVDownsample(2, 0.9)
     fast = bgx.optimize(model, method=bgx.preset(model, "kv"), backend="eager")

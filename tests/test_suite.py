@@ -297,6 +297,13 @@ def test_goals_against_numbers_by_hand() -> None:
     assert goals.memory(sd2 | {"mode": "reduce-overhead"}, sd2["rows"][1]) is None, "CUDA graphs' pool is not seen"
 
 
+def test_the_whole_grid_keeps_its_line_in_the_figure() -> None:
+    """Rows that name no window were measured when the whole grid was the default."""
+    drawn = [figure.draw([made_up("w", 8, 64, {name: 1.5})]) for name in ("bigain-tm:0.7", "bigain-tm:0.7:window=all")]
+    before, now = ([text.get_text() for text in each.legends[0].get_texts()] for each in drawn)
+    assert before == now == ["merging 0.7"]
+
+
 def test_figure_shows_the_same_numbers(tmp_path: Path) -> None:
     assert sum(axes.axison for axes in figure.draw([made_up(f"w{n}", 8, 64, {}) for n in range(4)]).axes) == 4
     drawn = figure.draw(RESULTS)
@@ -371,7 +378,7 @@ def test_split_writes_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }  # fmt: skip
     monkeypatch.setattr(split, "split", lambda *_: made)
     split.main("mnist-dit", batch=1, out=tmp_path)
-    stem = "split-cpu-mnist-dit-batch1-float32-bigain-tm-0.7"
+    stem = "split-cpu-mnist-dit-batch1-float32-bigain-tm-0.7-window=16"
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"{stem}.json", f"{stem}.md"]
     assert json.loads((tmp_path / f"{stem}.json").read_text())["parts"] == made["parts"]
     lines = (tmp_path / f"{stem}.md").read_text().splitlines()

@@ -33,11 +33,15 @@ class Applied:
     by_hand: Mapping[str, Any]
 
 
-MERGE = Applied("merge", bgx.LaplacianMerge(0.5, levels=None), {"ratio": 0.5})
+MERGE = Applied("merge", bgx.LaplacianMerge(0.5, levels=None, window=None), {"ratio": 0.5})
 KV = Applied("kv", bgx.KVDownsample(2, 0.9, levels=None), {"factor": 2, "alpha": 0.9})
-BLEND = Applied("merge", bgx.LaplacianMerge(0.5, levels=None, unmerge="blend"), {"ratio": 0.5, "blend": True})
+BLEND = Applied(
+    "merge", bgx.LaplacianMerge(0.5, levels=None, unmerge="blend", window=None), {"ratio": 0.5, "blend": True}
+)
 PROPORTIONAL = Applied(
-    "merge", bgx.LaplacianMerge(0.5, levels=None, proportional=True), {"ratio": 0.5, "proportional": True}
+    "merge",
+    bgx.LaplacianMerge(0.5, levels=None, proportional=True, window=None),
+    {"ratio": 0.5, "proportional": True},
 )
 BOTH = Applied("merge+kv", (MERGE.method, KV.method), {**MERGE.by_hand, **KV.by_hand})
 

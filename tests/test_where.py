@@ -32,7 +32,7 @@ LAST = "transformer_blocks.[12].*"
         (lambda site: site.name.endswith("1.attn1") and site.tokens == 256 and site.grid == (16, 16), {1}),
         (None, {0, 1, 2}),
     ],
-    ids=str,
+    ids=["pattern", "another", "several", "function", "all"],
 )
 @pytest.mark.parametrize("kind", ["merge", "block", "kv"])
 @torch.no_grad()

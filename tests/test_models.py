@@ -57,13 +57,13 @@ class Case:
 
 def cases(levels: int | None) -> dict[str, Case]:
     """Every method at ``levels``."""
-    merge, kv = bgx.LaplacianMerge(levels=levels), bgx.KVDownsample(levels=levels)
+    merge, kv = bgx.LaplacianMerge(levels=levels, window=None), bgx.KVDownsample(levels=levels)
     ramp = bgx.KVDownsample(alpha=bgx.LinearAlpha(), levels=levels)
     return {
         "merge": Case(merge, Merge(0.7, levels=levels)),
-        "merge-2x4": Case(bgx.LaplacianMerge(0.8, (2, 4), levels), Merge(0.8, (2, 4), levels=levels)),
+        "merge-2x4": Case(bgx.LaplacianMerge(0.8, (2, 4), levels, window=None), Merge(0.8, (2, 4), levels=levels)),
         "tome": Case(
-            bgx.ToMe(seed=5, levels=levels),
+            bgx.ToMe(seed=5, levels=levels, window=None),
             Merge(0.7, positions=partial(oracle.random_positions, seed=5), levels=levels),
         ),
         "kv": Case(kv, None, Downsample(2, 0.9, levels)),

@@ -197,6 +197,7 @@ def test_dynamo_keeps_the_methods_apart() -> None:
     assert count == len(METHODS), "equal options share their code"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_inductors_caches_keep_the_methods_apart() -> None:
     model, image = toys.Separate().eval(), toys.image()
@@ -279,6 +280,7 @@ def test_each_size_has_a_graph_whatever_dynamic_is(dynamic: bool | None, backend
     assert count == len(set(SIZES)) or dynamic
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_second_size_by_inductor() -> None:
     model = toys.Separate().eval()

@@ -420,6 +420,7 @@ def test_efficiency(low: float, expected: float | None, monkeypatch: pytest.Monk
     assert rows["tome:0.5"].median_s == 3
 
 
+@pytest.mark.slow
 def test_onnx_rows_are_compared_with_onnx_dense() -> None:
     methods = parse_list("dense,tome:0.5")
     report = run(dit_workload(), {}, onnx=methods, rounds=2, backend="eager", progress=False)
@@ -578,6 +579,7 @@ def test_what_breaks_is_compiled_once_and_for_all(monkeypatch: pytest.MonkeyPatc
             tomesd_rows.Settled(compiled)()
 
 
+@pytest.mark.slow
 def test_tomesd_rows() -> None:
     pytest.importorskip("tomesd")
     report = run(
@@ -656,6 +658,7 @@ def test_tomesd_refuses_what_is_no_ratio(text: str, error: type[Exception], mess
         tomesd_rows.parse(text)
 
 
+@pytest.mark.slow
 def test_run_compiles_and_says_how_long() -> None:
     report = run(dit_workload(), parse_list("dense"), rounds=1, warmup=0, progress=False)
     eager, plain, dense = report.rows

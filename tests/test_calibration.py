@@ -37,6 +37,7 @@ def deviations(model: nn.Module, method: Method, steps: tuple[int, ...] = STEPS)
         return [float((fast(**call)[0] - model(**call)[0]).square().mean()) for call in given]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [True, False])
 def test_the_alpha_has_the_least_deviation(schedule: bool) -> None:
     torch.manual_seed(0)
@@ -119,6 +120,7 @@ def test_the_method_stays_where_no_ratios_do_better() -> None:
     assert found.deviation == found.given
 
 
+@pytest.mark.slow
 def test_the_cell_is_taken_that_deviates_less() -> None:
     torch.manual_seed(1)
     model, method, relative = tiny().model, bgx.LaplacianMerge(0.5), {}

@@ -159,6 +159,7 @@ def test_the_winner_is_among_the_classes_that_were_kept() -> None:
     torch.testing.assert_close(found.margin, torch.tensor([0.3, 0.25], dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_adaptive_and_exhaustive_agree_on_digits_where_the_margin_is_clear() -> None:
     bundle, held_out = embedded.load("mnist-dit"), data_set("mnist").held_out.first(8)
     images, labels = held_out.images, held_out.labels

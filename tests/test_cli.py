@@ -75,6 +75,7 @@ def test_export_of_a_package(
     assert "model-todo-2.pt2: 0.0 MB; UNet2DConditionModel, todo:2: 3 of 8" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluate_a_pipeline_on_a_folder_of_images(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

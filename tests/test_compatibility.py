@@ -308,6 +308,7 @@ def test_lora(graphs: Graphs) -> None:
     check("sd", loaded(lora(1)), graphs)
 
 
+@pytest.mark.slow
 def test_lora_steps_are_counted(graphs: Graphs) -> None:
     """A hot swap is no new graph; loading, a scale, fusing and unloading are one each."""
     case, first, second = BY_NAME["sd"], lora(1), lora(2)
@@ -334,6 +335,7 @@ def test_lora_steps_are_counted(graphs: Graphs) -> None:
     torch.testing.assert_close(previous, original, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_switching_between_loras_captures_each_once(graphs: Graphs) -> None:
     case = BY_NAME["sd"]
     dense, pipe = built(case), optimized(case, built(case), ())
@@ -351,6 +353,7 @@ def test_switching_between_loras_captures_each_once(graphs: Graphs) -> None:
     assert not torch.allclose(images[0], images[1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_scale_of_an_adapter_is_an_input_from_its_second_value_on(graphs: Graphs) -> None:
     case, weights = BY_NAME["sd"], lora(1)
     dense, pipe = built(case), optimized(case, built(case), ())
@@ -397,6 +400,7 @@ def ip_adapter(pipe: Any) -> None:
     pipe.unet._load_ip_adapter_weights([weights])
 
 
+@pytest.mark.slow
 def test_each_scale_of_an_ip_adapter_is_a_graph(graphs: Graphs) -> None:
     """diffusers asks whether it is 0, which no graph can."""
     case, image = BY_NAME["sd"], pipes.normal(2, 1, 16, seed=3)
@@ -498,6 +502,7 @@ def test_a_cached_dit_is_refused() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_blocks_one_by_one_are_the_whole() -> None:
     """Captured on its own, a block is compressed as it is in its model."""
     case = BY_NAME["dit"]

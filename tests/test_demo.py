@@ -95,6 +95,7 @@ def test_a_picture_as_text() -> None:
     assert as_text(digit.expand(4, 1, 8, 4), across=2) == "\n".join(["▀▄▀▄", "▄█▄█"] * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_demo")
 def test_a_failed_run_leaves_the_last_one_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "report.md").write_text("earlier")

@@ -84,13 +84,12 @@ def inputs() -> dict[str, Any]:
 
 FAST = {
     ("mnist-unet", "bigain-tm:0.7+bigain-td:2:0.8..1.2", torch.float32), ("dit-xl-2", "bigain-td:2", torch.float32),
-    ("mnist-dit", "bigain-tm:0.7", torch.float16), ("mnist-dit", BETTER, torch.float32),
-    ("mnist-unet", BETTER, torch.float16), ("pixart", "bigain-tm:0.7", torch.float32),
+    ("mnist-dit", BETTER, torch.float16), ("pixart", "bigain-tm:0.7", torch.float32),
 }  # fmt: skip
 CASES = [
     pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
     for case in ((name, method, dtype) for name in REWRITTEN for method in METHODS for dtype in BOUNDS)
-] + [pytest.param("mnist-unet", CHEAP, torch.float32)]
+] + [pytest.param("mnist-unet", CHEAP, torch.float32, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("name", "method", "dtype"), CASES)
@@ -116,6 +115,7 @@ def test_onnx_runtime_agrees_with_torch(name: str, method: str, dtype: torch.dty
     assert record.bytes == path.stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("opset", "expected"), [(18, "Softmax"), (22, "Softmax"), (23, "Attention")])
 def test_standard_attention_is_what_the_opset_has(opset: int, expected: str, inputs: Any, tmp_path: Path) -> None:
     record = bgx.export_onnx(
@@ -130,6 +130,7 @@ def test_standard_attention_is_what_the_opset_has(opset: int, expected: str, inp
     assert {imported.domain: imported.version for imported in proto.opset_import} == {"": opset, "bigain": 1}
 
 
+@pytest.mark.slow
 def test_the_file_says_what_it_is_and_not_where_it_was_made(inputs: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.onnx"
     bgx.export_onnx(unet(), (), path, kwargs=inputs, method=bgx.KVDownsample(2, 0.5))
@@ -149,6 +150,7 @@ def test_the_file_says_what_it_is_and_not_where_it_was_made(inputs: Any, tmp_pat
     assert "conv_in.weight" in {tensor.name for tensor in proto.graph.initializer}
 
 
+@pytest.mark.slow
 def test_a_method_that_the_grammar_cannot_say_is_written_as_python(inputs: Any, tmp_path: Path) -> None:
     given = bgx.KVDownsample(2, bgx.LinearAlpha(t_noisy=900, t_clean=100))
     bgx.export_onnx(unet(), (), tmp_path / "a.onnx", kwargs=inputs, method=given)
@@ -156,6 +158,7 @@ def test_a_method_that_the_grammar_cannot_say_is_written_as_python(inputs: Any, 
     assert method == "KVDownsample(alpha=LinearAlpha(noisy=0.8, clean=1.2, t_noisy=900, t_clean=100))"
 
 
+@pytest.mark.slow
 def test_a_grid_that_the_factor_does_not_divide(inputs: Any, tmp_path: Path) -> None:
     odd, method = inputs | {"sample": torch.randn(2, 4, 7, 9)}, bgx.KVDownsample(2, bgx.LinearAlpha())
     record = bgx.export_onnx(unet(), (), tmp_path / "u.onnx", kwargs=odd, method=method)
@@ -166,6 +169,7 @@ def test_a_grid_that_the_factor_does_not_divide(inputs: Any, tmp_path: Path) -> 
     torch.testing.assert_close(bgx.OrtDenoiser(tmp_path / "u.onnx")(**odd).sample, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sizes_share_one_weight_file(inputs: Any, tmp_path: Path) -> None:
     model = unet()
     wide = inputs | {"sample": torch.randn(2, 4, 8, 16)}
@@ -187,6 +191,7 @@ def test_sizes_share_one_weight_file(inputs: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(denoiser(**kwargs).sample, reference(**kwargs).sample, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_beside_the_graph_above_the_limit(
     inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -238,6 +243,7 @@ def test_a_wrong_graph_leaves_nothing(inputs: Any, tmp_path: Path, monkeypatch: 
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
+@pytest.mark.slow
 def test_outputs_that_are_not_finite_leave_nothing(inputs: Any, tmp_path: Path) -> None:
     model = unet()
     nn.init.constant_(model.conv_out.bias, 1e6)
@@ -246,6 +252,7 @@ def test_outputs_that_are_not_finite_leave_nothing(inputs: Any, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_what_was_there(inputs: Any, tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk: the write fails half way, as it would there."""
     path = tmp_path / "u.onnx"
@@ -260,6 +267,7 @@ def test_a_full_disk_leaves_what_was_there(inputs: Any, tmp_path: Path) -> None:
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
+@pytest.mark.slow
 def test_killed_while_writing_leaves_the_old_file(inputs: Any, tmp_path: Path) -> None:
     """Killed between the two renames: the new weights are there, the old graph still reads the old ones."""
     code = """
@@ -365,6 +373,7 @@ def test_what_the_exporter_leaves_to_others(tmp_path: Path) -> None:
     torch.testing.assert_close(bgx.OrtDenoiser(tmp_path / "o.onnx")(*other), model(*other), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_output_of_zeros_is_right(inputs: Any, tmp_path: Path) -> None:
     model = unet()
     nn.init.zeros_(model.conv_out.weight)
@@ -373,6 +382,7 @@ def test_an_output_of_zeros_is_right(inputs: Any, tmp_path: Path) -> None:
     assert (deviation.relative_l2, deviation.db) == (0, None)
 
 
+@pytest.mark.slow
 def test_graphs_of_other_weights_are_not_used_together(inputs: Any, tmp_path: Path) -> None:
     model, wide = unet(), inputs | {"sample": torch.randn(2, 4, 8, 16)}
     bgx.export_onnx(model, (), tmp_path / "a.onnx", kwargs=inputs, method=(), verify=False)
@@ -382,6 +392,7 @@ def test_graphs_of_other_weights_are_not_used_together(inputs: Any, tmp_path: Pa
         bgx.OrtDenoiser([tmp_path / "a.onnx", tmp_path / "b.onnx"])
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_graphs_name(inputs: Any, tmp_path: Path) -> None:
     (tmp_path / "u-2x4x8x8.onnx").mkdir()
     with pytest.raises(bgx.ExportError, match=r"'u-2x4x8x8.onnx' is a folder; .*nothing was left"):

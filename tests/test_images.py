@@ -319,6 +319,7 @@ def test_a_grid_that_fits_by_accident_is_refused(case: Case, grid: Any) -> None:
         fast(**inputs)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_backend_takes_a_grid_for_each_image() -> None:
     """Dynamo makes constants of img_shapes; it does not look at the values of img_ids."""
@@ -336,6 +337,7 @@ def test_the_backend_takes_a_grid_for_each_image() -> None:
         compiled((12, 6))(**inputs)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_under_inductor() -> None:
     torch.manual_seed(0)

@@ -542,6 +542,7 @@ def test_what_diffusers_changes_is_captured_once_and_said(change: str, said: Cal
     torch.testing.assert_close(found, run(pipe, 2))
 
 
+@pytest.mark.slow
 def test_a_lora_scale_stays_a_constant_of_the_signature(said: Callable[[], list[str]]) -> None:
     """peft asks whether it is 1, which no graph can; the warning says so, once."""
     m, counter = unet(), CompileCounter()
@@ -571,7 +572,7 @@ def lora(of: nn.Module, seed: int, rank: int = 2) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("backend", [None, pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_lora(padded: bool, backend: str | None, said: Callable[[], list[str]]) -> None:
     """Hot swaps show at once; whatever else changes which adapters there are, or how much of them, is captured anew."""
     pytest.importorskip("peft")

@@ -216,6 +216,7 @@ def test_bad_input_is_one_line(make: Callable[[], Any], error: type[Exception], 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_autocast_is_captured_on_its_own() -> None:
     fast = fast_unet()
     plain = fast(SAMPLE, 1, TEXT).sample

@@ -81,7 +81,8 @@ def _one_thread() -> Iterator[None]:
 
 
 SLOW = frozenset({
-    "HiDreamImageTransformer2DModel-padded", "NucleusMoEImageTransformer2DModel-experts",
+    "BriaFibo2Transformer2DModel", "HiDreamImageTransformer2DModel-padded", "NucleusMoEImageTransformer2DModel-experts",
+    "UNet2DConditionModel-gligen", "UNet2DModel-skip",
 })  # fmt: skip
 """Cases that take seconds and show little that another one does not."""
 

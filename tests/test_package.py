@@ -91,6 +91,7 @@ def test_a_package_gives_the_rewritten_graphs_numbers(package: Path) -> None:
     assert not torch.equal(deployed(IMAGE), toy()(IMAGE))
 
 
+@pytest.mark.slow
 def test_a_package_of_a_grid_that_the_factor_does_not_divide(tmp_path: Path) -> None:
     kwargs = {"image": torch.randn(2, 3, 5, 7)}
     report = bgx.export_package(toy(), None, tmp_path / "odd.pt2", kwargs=kwargs, method=bgx.KVDownsample(3))
@@ -149,6 +150,7 @@ def runs_elsewhere(path: Path, kwargs: dict[str, Any], expected: Tensor, folder:
     assert not [file for file in cache.rglob("*") if file.is_file()]
 
 
+@pytest.mark.slow
 def test_a_package_runs_in_another_process(package: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere.pt2"
     shutil.copy(package, moved)

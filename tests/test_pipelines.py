@@ -82,6 +82,7 @@ def test_the_pipeline_saves_the_original(tmp_path: Any) -> None:
         assert torch.equal(again.state_dict()[name], tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_twenty_guided_steps_through_onnx_runtime(dtype: torch.dtype, tmp_path: Path) -> None:
     """The loop is the same, so what differs is the denoiser, twenty times over, near-ties of plans included."""

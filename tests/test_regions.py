@@ -219,6 +219,7 @@ def test_what_begins_inside_memory_is_taken_outside_of_its_region(kind: str, ins
     assert (ATEN.clone.default in targets) == (kind == "its clone")
 
 
+@pytest.mark.slow
 def test_text_behind_the_image_leaves_a_region_as_it_is() -> None:
     """It begins inside the memory of the attention's result, and inductor counts that offset twice where a region is
     called twice."""

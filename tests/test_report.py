@@ -51,6 +51,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[str, str
     return lambda: [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "bigain_fx"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_method_that_changed_nothing_says_so(
     way: Callable[[nn.Module, Any, Path], Report], logged: Callable[[], list[tuple[str, str]]], tmp_path: Path

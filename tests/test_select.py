@@ -140,6 +140,7 @@ def test_a_gain_within_the_scatter_is_none(monkeypatch: pytest.MonkeyPatch) -> N
         )
 
 
+@pytest.mark.slow
 def test_times_are_kept_and_belong_to_one_setup(timed: Callable[..., list[int]], tmp_path: Path) -> None:
     measured = timed((0.010, 0.002))
     for _ in range(2):

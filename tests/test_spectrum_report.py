@@ -19,6 +19,7 @@ from tests.test_sample import _one_thread  # noqa: F401
 METHODS = parse_list("bigain-tm:0.7,todo:2")
 
 
+@pytest.mark.slow
 def test_the_files_say_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spectrum_report.run("mnist-dit", METHODS, (100, 800), images=3, seed=1, out=tmp_path / "new")
     names = {path.name for path in (tmp_path / "new").iterdir()}
@@ -45,7 +46,7 @@ def test_the_files_say_what_is_measured(tmp_path: Path, capsys: pytest.CaptureFi
         ({"images": 0}, "images=0 must be between 1 and 500"),
         ({"timesteps": (5, 1000)}, r"timesteps=\[1000\] must be between 0 and 999"),
         ({"model": "sd2"}, "name='sd2' is not an embedded denoiser"),
-        ({"methods": parse_list("dense")}, "must be one merge by means, or one downsampling"),
+        ({"methods": parse_list("dense")}, "must be one merge, or one downsampling"),
     ],
 )
 def test_bad_input_leaves_nothing(changed: dict[str, object], message: str, tmp_path: Path) -> None:

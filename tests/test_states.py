@@ -438,7 +438,9 @@ def test_sparse_inputs_are_refused() -> None:
 # --------------------------------------------------------------- threads, forks and compilers
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+)
 @pytest.mark.parametrize("shared", ["one denoiser", "two of one model", "two models"])
 def test_eight_threads_and_three_sizes(shared: str, backend: str) -> None:
     models = [made(toys.Separate), made(toys.Separate)]

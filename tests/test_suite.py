@@ -150,6 +150,7 @@ def test_a_run_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.notes == ("built beside other runs, timed alone: compile times are longer than alone",)
 
 
+@pytest.mark.slow
 def test_the_command_line_measures_then_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

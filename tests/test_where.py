@@ -131,6 +131,7 @@ def test_in_the_backend_of_dynamo_each_part_takes_what_is_its_own() -> None:
     torch.testing.assert_close(fast(image), model.first(image) + merged)
 
 
+@pytest.mark.slow
 def test_exports_have_it(tmp_path: Path) -> None:
     model, (args, kwargs) = make_dit(), dit_inputs([7, 900])
     method = bgx.LaplacianMerge(0.6, where=("*.0.attn1", "*.2.attn1"))

@@ -105,6 +105,7 @@ def test_reasons_are_grouped() -> None:
     assert not any("(at " in group["reason"] for group in kept)
 
 
+@pytest.mark.slow
 def test_done_rows_are_skipped_and_named_ones_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     families = tuple(Family(name, "small", tiny_dit) for name in ("first", "SDXL"))
     monkeypatch.setattr(published, "FAMILIES", families)

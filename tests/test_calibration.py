@@ -88,6 +88,7 @@ def gflops(model: nn.Module, method: Any) -> float:
     return bgx.inspect(model, (), calls()[0], method=method).flops_after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [bgx.LaplacianMerge(0.5), bgx.ToMe(0.5, proportional=True, unmerge="blend")])
 def test_ratios_lose_less_for_no_more_work(method: Any) -> None:
     """The second of three blocks adds next to nothing of its attention to the stream, and merges most."""

@@ -51,7 +51,7 @@ def test_inspect_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert len(report["sites"]) == 8
 
 
-def test_export_and_lint(
+def test_export(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "made" / "here"

@@ -57,6 +57,7 @@ def test_another_split_of_as_many_tokens_is_refused(what: str, tmp_path: Path) -
     assert torch.equal(deployed(**again), expected)
 
 
+@pytest.mark.slow
 def test_two_images_of_flux_in_another_order_are_refused(tmp_path: Path) -> None:
     case, path = IMAGES[0], tmp_path / "flux.onnx"
     inputs = case.inputs()
@@ -138,6 +139,7 @@ def test_the_grid_chooses_among_graphs_of_equal_shapes(tmp_path: Path) -> None:
         deployed(tokens, torch.zeros(48, 3))
 
 
+@pytest.mark.slow
 def test_constants_choose_among_graphs_too(tmp_path: Path) -> None:
     """Two sizes of what takes ``img_shapes`` are two of one model, and two of one size are told apart by them."""
     torch.manual_seed(0)

@@ -30,6 +30,7 @@ def test_data_sets(name: str, classes: int, count: int) -> None:
         assert -1 <= float(images.min()) < float(images.max()) <= 1
 
 
+@pytest.mark.slow
 def test_held_out_patches_are_of_the_right_halves_and_drawn_ones_of_the_left() -> None:
     """Worked out on one grey photograph: patches are found by value in the standardized whole."""
     label = PHOTOGRAPHS.index("camera")

@@ -216,6 +216,7 @@ def test_weights_beside_the_graph_above_the_limit(
         bgx.OrtDenoiser(path)
 
 
+@pytest.mark.slow
 def test_a_truncated_file(inputs: Any, tmp_path: Path) -> None:
     path = tmp_path / "u.onnx"
     bgx.export_onnx(unet(), (), path, kwargs=inputs, method=())
@@ -234,6 +235,7 @@ def wrong_alpha(where: Any, x: Any, alpha: Any, grid: Any, factor: int) -> Any:
     return onnx_graph._kv_downsample(where, x, 0.1, grid, factor)
 
 
+@pytest.mark.slow
 def test_a_wrong_graph_leaves_nothing(inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "u.onnx"
     path.write_text("before")

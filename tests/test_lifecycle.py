@@ -571,8 +571,9 @@ def lora(of: nn.Module, seed: int, rank: int = 2) -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.parametrize("backend", [None, pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [None, "inductor"])
+@pytest.mark.parametrize("padded", [False, True])
 def test_lora(padded: bool, backend: str | None, said: Callable[[], list[str]]) -> None:
     """Hot swaps show at once; whatever else changes which adapters there are, or how much of them, is captured anew."""
     pytest.importorskip("peft")

@@ -339,6 +339,7 @@ def test_without_matplotlib_there_is_a_table(tmp_path: Path, monkeypatch: pytest
 # ------------------------------------------------------------------------------------- the split
 
 
+@pytest.mark.slow
 def test_parts_add_up_and_are_counted() -> None:
     """Six blocks on one grid: a plan, a merge, an unmerge and an attention in each."""
     workload = load("mnist-dit", batch=1)

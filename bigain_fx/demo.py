@@ -73,7 +73,7 @@ def run(out: Path, quick: bool = False, backend: str = "inductor") -> dict[str, 
 
     Args:
         out: made if it is not there.
-        quick: one denoiser, fewer images, no ONNX: about a minute and a half on two cores, not three.
+        quick: one denoiser, fewer images, no ONNX: about a minute and a half on two cores, not four.
         backend: anything ``torch.compile`` takes; ``"eager"`` needs no compiler.
 
     Returns:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from bigain_fx.passes.memory import roots, written
 from bigain_fx.torch_internals import Kinds
 
 Compiled = Callable[..., Sequence[Any]]
@@ -37,7 +38,12 @@ class _Shortcut:
     """What a compiled function takes and gives, in terms of the inputs and outputs of its graph."""
 
     def __init__(self, graph: GraphModule, inputs: Sequence[Tensor], outputs: Sequence[Any], seen: _Seen) -> None:
-        """Raise ``LookupError`` where a call does not tell: a tensor was given twice, or is of another kind."""
+        """Raise ``LookupError`` where a call does not tell: a tensor was given twice, or is of another kind.
+
+        Or where the graph writes into what it is given: Dynamo also guards which of that shares memory.
+        """
+        if any(root.op != "call_function" for node in graph.graph.nodes for to in written(node) for root in roots(to)):
+            raise LookupError
         number = {id(tensor): index for index, tensor in enumerate(inputs)}
         result = {id(tensor): index for index, tensor in enumerate(seen.results)}
         # Buffers may be exchanged for others of their kind: see capture.renew.

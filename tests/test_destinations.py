@@ -128,9 +128,10 @@ def test_what_is_no_rule(value: Any) -> None:
         bgx.Merge(destinations=value)
 
 
-def rule(name: Any, field: type = int, frozen: bool = True) -> Any:
-    """A rule that was not registered."""
-    made: Any = type("Made", (bgx.Destinations,), {"__annotations__": {"field": field}, "field": 0, "name": name})
+def rule(name: Any, field: type = int, frozen: bool = True, whole: bool = True) -> Any:
+    """A rule that was not registered; it has ``positions`` if it is ``whole``."""
+    given = {"__annotations__": {"field": field}, "field": 0, "name": name}
+    made: Any = type("Made", (bgx.Destinations,), given | ({"positions": lambda *_: None} if whole else {}))
     return dataclass(frozen=frozen)(made)
 
 
@@ -140,6 +141,7 @@ def rule(name: Any, field: type = int, frozen: bool = True) -> Any:
         (5, "rule=5 must be a frozen dataclass derived from Destinations"),
         (bgx.Destinations, "must be a frozen dataclass"),
         (rule("odd", frozen=False), "rule=Made must be frozen"),
+        (rule("odd", whole=False), "rule=Made has no positions"),
         (rule("not-a-word"), "name='not-a-word' of Made must be a word of small letters"),
         (rule(None), "name=None of Made must be a word"),
         (rule("odd", field=list), "Made.field is of type list; a field must be one of int, float, str, bool"),

@@ -91,10 +91,13 @@ def destination_rule(rule: Rule) -> Rule:
     """Make ``rule`` known, by its name; usable as a decorator above ``@dataclass(frozen=True)``.
 
     Raises:
-        MethodError: no frozen dataclass, a name that is taken or no word, a field that is no int, float, bool or str.
+        MethodError: no frozen dataclass, no ``positions``, a name that is taken or no word, a field that is no int,
+            float, bool or str.
     """
     if not (isinstance(rule, type) and issubclass(rule, Destinations) and is_dataclass(rule)):
         raise MethodError(f"rule={rule!r} must be a frozen dataclass derived from Destinations")
+    if rule.positions is Destinations.positions:
+        raise MethodError(f"rule={rule.__name__} has no positions(metric, grid, cell); that is what a rule is")
     if not rule.__dataclass_params__.frozen:
         raise MethodError(f"rule={rule.__name__} must be frozen: @dataclass(frozen=True)")
     name = getattr(rule, "name", None)
